@@ -1,0 +1,347 @@
+"""One frozen, validated configuration.
+
+A run obeys exactly one `Config`: defaults, overlaid by a preset, a YAML file and `--set a.b=c` assignments, parsed
+once at start and passed on by section. Unknown keys are refused with a suggestion, values outside their range with
+the range. A key enters this schema together with the code that obeys it.
+
+Sections carry the names of the requirements: `simic_trainer`, `experience_buffer`, `supervisor`, `environment`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any, Final, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from esper_simic.errors import ConfigError
+
+BLUEPRINT_NAMES: Final = ("norm", "attention", "depthwise", "conv_light", "conv_heavy")
+"""The blueprints this version can graft (all keep the shape of their input)."""
+
+SEED_MAX: Final = 2**63 - 1
+
+
+class Section(BaseModel):
+    """A frozen part of the configuration in which unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False, allow_inf_nan=False)
+
+
+class TrainerConfig(Section):
+    """`simic_trainer`: the algorithm and its numbers."""
+
+    algorithm: Literal["IMPALA"] = Field("IMPALA", description="The learner's algorithm: IMPALA with V-trace.")
+    learning_rate: float = Field(3e-4, ge=1e-6, le=1e-2, description="Adam step size of both optimisers.")
+    policy_lr: float | None = Field(
+        None, ge=1e-6, le=1e-2, description="Step size of trunk and policy heads; unset means learning_rate."
+    )
+    value_lr: float | None = Field(
+        None, ge=1e-6, le=1e-2, description="Step size of the value head; unset means learning_rate."
+    )
+    min_lr: float = Field(1e-6, gt=0, le=1e-2, description="No schedule goes below this learning rate.")
+    warmup_epochs: int = Field(
+        10, ge=0, description="Updates over which learning rates rise linearly to their base value."
+    )
+    batch_size: int = Field(32, ge=8, le=256, description="Experiences (lane unrolls) an update; a power of two.")
+    gamma: float = Field(0.99, ge=0.9, le=0.999, description="Discount; the reward's shaping uses the same one.")
+    max_grad_norm: float = Field(0.5, gt=0, description="Global gradient norm above which gradients are scaled.")
+    rho_bar: float = Field(1.0, gt=0, description="V-trace truncation of importance weights in the target.")
+    c_bar: float = Field(1.0, gt=0, description="V-trace truncation of the trace coefficients.")
+    vtrace_lambda: float = Field(1.0, gt=0, le=1, description="V-trace lambda: decay of the trace.")
+    value_coefficient: float = Field(0.5, ge=0, description="Weight of the value loss in the total loss.")
+    entropy_coefficient: float = Field(0.02, ge=0, description="Weight of the entropy bonus at the start.")
+    entropy_coefficient_final: float = Field(0.004, ge=0, description="Weight of the entropy bonus at the end.")
+    entropy_anneal_steps: int = Field(
+        50_000, ge=1, description="Environment steps over which the entropy weight falls linearly."
+    )
+    reward_clip: float = Field(10.0, gt=0, description="Bound of a reward after division by its deviation.")
+    unroll_length: int = Field(10, ge=1, le=1000, description="Environment steps in one experience (T).")
+    hidden_size: int = Field(128, ge=8, le=2048, description="Width of the recurrent core and the heads.")
+    graph_layers: int = Field(2, ge=1, le=8, description="Message-passing layers of the graph encoder.")
+    max_policy_lag: int = Field(
+        200, ge=1, description="An unroll made by a policy this many versions old or older is refused."
+    )
+    digest_every_steps: int = Field(
+        100, ge=1, description="Every so many updates the journal gets a digest of the whole learner state."
+    )
+    seed: int = Field(0, ge=0, le=SEED_MAX, description="The one number from which all chance is derived.")
+
+    @field_validator("batch_size")
+    @classmethod
+    def _power_of_two(cls, value: int) -> int:
+        if value & (value - 1):
+            below = 1 << (value.bit_length() - 1)
+            raise ValueError(f"must be a power of two in [8, 256]; near {value}: {below} or {2 * below}")
+        return value
+
+    @model_validator(mode="after")
+    def _entropy_falls(self) -> TrainerConfig:
+        if self.entropy_coefficient_final > self.entropy_coefficient:
+            raise ValueError("entropy_coefficient_final must not exceed entropy_coefficient")
+        return self
+
+    @property
+    def effective_policy_lr(self) -> float:
+        """Learning rate of trunk and policy heads."""
+        return self.learning_rate if self.policy_lr is None else self.policy_lr
+
+    @property
+    def effective_value_lr(self) -> float:
+        """Learning rate of the value head."""
+        return self.learning_rate if self.value_lr is None else self.value_lr
+
+
+class BufferConfig(Section):
+    """`experience_buffer`: what the learner keeps to learn from again."""
+
+    capacity: int = Field(100_000, ge=8, description="Experiences kept; the oldest goes first.")
+    min_experiences: int = Field(1_000, ge=1, description="Experiences admitted before the first update.")
+    replay_ratio: float = Field(
+        0.25,
+        ge=0,
+        le=0.9375,
+        description="Share of each batch drawn from the buffer; the rest is fresh. "
+        "Every experience is thus used 1 / (1 - replay_ratio) times on average.",
+    )
+
+
+class RewardConfig(Section):
+    """`environment.reward`: the weights of the BASIC reward, each a named part of the reward."""
+
+    mode: Literal["basic"] = Field("basic", description="Which reward; BASIC cannot be farmed by never fossilising.")
+    potential_weight: float = Field(0.3, ge=0, description="Weight of the potential-based shaping.")
+    stage_bonus_per_epoch: float = Field(0.3, ge=0, description="Growth of a slot's potential per epoch in its stage.")
+    stage_bonus_max: float = Field(2.0, ge=0, description="Bound of that growth.")
+    rent_weight: float = Field(
+        0.01, ge=0, description="Cost per epoch of blended parameters, relative to the host's own count."
+    )
+    fossil_bonus_base: float = Field(0.3, ge=0, description="Reward for fossilising a seed that contributes.")
+    fossil_bonus_per_point: float = Field(
+        0.5, ge=0, description="Reward per accuracy point (harmonic mean of contribution and progress)."
+    )
+    fossil_bonus_max: float = Field(5.0, ge=0, description="Bound of the whole fossil bonus.")
+    terminal_accuracy_weight: float = Field(0.05, ge=0, description="Reward per accuracy point at the episode's end.")
+    terminal_parameter_weight: float = Field(
+        0.1, ge=0, description="Cost at the episode's end of added parameters, relative to the host's own count."
+    )
+
+
+class EnvironmentConfig(Section):
+    """`environment`: the task, the host that grows on it, and the rules of growth."""
+
+    task: Literal["digits"] = Field("digits", description="Data set on which hosts are trained.")
+    host: Literal["rescue"] = Field("rescue", description="Host network; rescue is too small for its task.")
+    slots: tuple[str, ...] = Field(("r0c0", "r0c1", "r0c2"), description="Slots that may be grown into.")
+    blueprints: tuple[str, ...] = Field(BLUEPRINT_NAMES, description="Blueprints a controller may choose.")
+    environments_per_actor: int = Field(32, ge=1, le=4096, description="Lanes stepped as one computation.")
+    max_epochs: int = Field(60, ge=4, le=10_000, description="Host epochs in an episode (its horizon).")
+    train_batches: int = Field(8, ge=1, le=10_000, description="Training batches in a host epoch.")
+    train_batch_size: int = Field(32, ge=2, le=4096, description="Samples in a training batch of one host.")
+    validation_samples: int = Field(256, ge=10, le=1_000_000, description="Held-out samples measured each epoch.")
+    host_lr: float = Field(0.03, gt=0, le=10, description="SGD learning rate of the host.")
+    seed_lr: float = Field(0.03, gt=0, le=10, description="SGD learning rate of a seed.")
+    momentum: float = Field(0.9, ge=0, lt=1, description="SGD momentum of host and seeds.")
+    max_grad_norm: float = Field(1.0, gt=0, description="Gradient norm limit of the host and of each seed, apart.")
+    training_epochs_min: int = Field(10, ge=1, description="Epochs in TRAINING before gate G2 can open.")
+    gradient_health_min: float = Field(0.7, ge=0, le=1, description="Gradient health that gate G2 asks for.")
+    prune_age_min: int = Field(5, ge=0, description="Epochs a seed must have lived before it may be pruned.")
+    embargo_epochs: int = Field(5, ge=0, description="Epochs a pruned slot stays closed.")
+    max_seeds: int | None = Field(None, ge=1, description="Seeds alive or fossilised at once; unset: all slots.")
+    mask_gates: bool = Field(True, description="Mask an ADVANCE or FOSSILIZE that its gate would refuse.")
+    stagger: bool = Field(True, description="Cut lanes' first episodes short so that their phases spread.")
+    reward: RewardConfig = Field(default_factory=lambda: RewardConfig())
+
+    @field_validator("slots")
+    @classmethod
+    def _known_slots(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return _distinct_known(value, ("r0c0", "r0c1", "r0c2"), "slot")
+
+    @field_validator("blueprints")
+    @classmethod
+    def _known_blueprints(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return _distinct_known(value, BLUEPRINT_NAMES, "blueprint")
+
+    @model_validator(mode="after")
+    def _horizon_fits_a_seed(self) -> EnvironmentConfig:
+        if self.max_epochs <= self.training_epochs_min:
+            raise ValueError(
+                f"no seed can finish: max_epochs {self.max_epochs} must exceed training_epochs_min "
+                f"{self.training_epochs_min}"
+            )
+        return self
+
+
+class SupervisorConfig(Section):
+    """`supervisor`: processes, limits, journal, evaluation."""
+
+    num_actors: int = Field(2, ge=1, le=512, description="Actor processes, one thread each.")
+    learner_threads: int = Field(1, ge=1, le=256, description="Intra-op threads of the learner.")
+    unrolls_in_flight: int = Field(2, ge=1, le=64, description="Credits: unrolls of one actor not yet consumed.")
+    max_seconds: float | None = Field(None, gt=0, description="Training ends after so many seconds.")
+    max_steps: int | None = Field(None, ge=1, description="Training ends after so many environment steps.")
+    ready_timeout_s: float = Field(120.0, gt=0, description="A child that is not READY by then is replaced.")
+    progress_timeout_s: float = Field(120.0, gt=0, description="A child that reports no progress so long is replaced.")
+    stop_timeout_s: float = Field(20.0, gt=0, description="A child asked to stop is killed after so long.")
+    max_restarts: int = Field(5, ge=0, description="Restarts of one child within the window before giving up.")
+    restart_window_s: float = Field(60.0, gt=0, description="Window in which restarts are counted.")
+    restart_backoff_s: float = Field(0.5, ge=0, description="First delay before a restart; it doubles each time.")
+    restart_backoff_max_s: float = Field(30.0, gt=0, description="Bound of that delay.")
+    frame_bytes_max: int = Field(64 * 2**20, ge=2**16, description="A larger message is refused.")
+    journal_segment_bytes_max: int = Field(64 * 2**20, ge=2**16, description="A journal segment's size limit.")
+    journal_commit_interval_ms: float = Field(5.0, gt=0, le=1000, description="Group commit: longest wait.")
+    journal_commit_records_max: int = Field(256, ge=1, description="Group commit: most records.")
+    journal_commit_bytes_max: int = Field(2**20, ge=2**12, description="Group commit: most bytes.")
+    evaluation_episodes: int = Field(64, ge=2, le=100_000, description="Held-out episodes per evaluated policy.")
+    evaluation_workers: int = Field(2, ge=1, le=64, description="Processes that evaluate at the end.")
+
+
+class Config(Section):
+    """The whole configuration of a run."""
+
+    simic_trainer: TrainerConfig = Field(default_factory=lambda: TrainerConfig())
+    experience_buffer: BufferConfig = Field(default_factory=lambda: BufferConfig())
+    supervisor: SupervisorConfig = Field(default_factory=lambda: SupervisorConfig())
+    environment: EnvironmentConfig = Field(default_factory=lambda: EnvironmentConfig())
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Config:
+        buffer, batch = self.experience_buffer, self.simic_trainer.batch_size
+        if buffer.capacity < batch:
+            raise ValueError(
+                f"experience_buffer.capacity {buffer.capacity} cannot hold one batch of "
+                f"simic_trainer.batch_size {batch}"
+            )
+        if buffer.min_experiences > buffer.capacity:
+            raise ValueError(
+                f"experience_buffer.min_experiences {buffer.min_experiences} would never be reached with "
+                f"experience_buffer.capacity {buffer.capacity}"
+            )
+        if fresh_per_batch(self) < 1:
+            raise ValueError(
+                f"experience_buffer.replay_ratio {buffer.replay_ratio} leaves no fresh experience in a batch of "
+                f"{batch}; it must be at most {1 - 1 / batch:g}"
+            )
+        return self
+
+
+def fresh_per_batch(config: Config) -> int:
+    """Fresh experiences in one batch: `batch_size - round(batch_size * replay_ratio)`."""
+    batch = config.simic_trainer.batch_size
+    return batch - round(batch * config.experience_buffer.replay_ratio)
+
+
+def _distinct_known(value: tuple[str, ...], known: Iterable[str], noun: str) -> tuple[str, ...]:
+    known = tuple(known)
+    for name in value:
+        if name not in known:
+            raise ValueError(f"unknown {noun} {name!r}{_did_you_mean(name, known)}; known: {', '.join(known)}")
+    if not value or len(set(value)) != len(value):
+        raise ValueError(f"name at least one {noun}, each once")
+    return value
+
+
+def _did_you_mean(word: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def parse(text: str, *, base: Mapping[str, Any] | None = None, assignments: Iterable[str] = ()) -> Config:
+    """Parse YAML text into a configuration.
+
+    Args:
+        text: YAML with the sections above; empty text means all defaults.
+        base: Nested values that the text overlays, such as a preset's.
+        assignments: `a.b=c` overrides, applied last, in order; the right side is YAML.
+
+    Returns:
+        The frozen configuration.
+
+    Raises:
+        ConfigError: Malformed YAML, unknown key (with the nearest known one), or a value out of range.
+    """
+    values = _overlay(dict(base or {}), parse_mapping(text))
+    for assignment in assignments:
+        _assign(values, assignment)
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise _explain(error) from None
+
+
+def parse_mapping(text: str) -> dict[str, Any]:
+    """Parse YAML text into nested mappings without validating keys.
+
+    Raises:
+        ConfigError: Not YAML, or the top is not a mapping.
+    """
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"not valid YAML: {error}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"the top of a configuration is a mapping of sections, not {type(values).__name__}")
+    return values
+
+
+def to_yaml(config: Config) -> str:
+    """Render every key with its effective value, in schema order."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _overlay(lower: dict[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
+    for key, value in upper.items():
+        if isinstance(value, Mapping) and isinstance(lower.get(key), Mapping):
+            lower[key] = _overlay(dict(lower[key]), value)
+        else:
+            lower[key] = value
+    return lower
+
+
+def _assign(values: dict[str, Any], assignment: str) -> None:
+    path, separator, text = assignment.partition("=")
+    keys = path.strip().split(".")
+    if not separator or not all(keys):
+        raise ConfigError(f"--set takes section.key=value, not {assignment!r}")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"the value {text!r} is not valid YAML", ".".join(keys)) from None
+    for key in keys[:-1]:
+        inner = values.get(key)
+        values[key] = dict(inner) if isinstance(inner, Mapping) else {}
+        values = values[key]
+    values[keys[-1]] = value
+
+
+def _explain(error: ValidationError) -> ConfigError:
+    """One sentence for the first problem (an unknown key before anything else), and the number of the others."""
+    problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
+    first = problems[0]
+    path = tuple(str(part) for part in first["loc"])
+    key = ".".join(path)
+    if first["type"] == "extra_forbidden":
+        known = _keys_at(path[:-1])
+        hint = _did_you_mean(path[-1], known) or "; known here: " + ", ".join(known)
+        message = f"unknown key{hint}"
+    else:
+        message = first["msg"].removeprefix("Value error, ")
+        if not isinstance(first["input"], dict | BaseModel):
+            message += f" (given: {first['input']!r})"
+    if len(problems) > 1:
+        message += f" (and {len(problems) - 1} more problem{'s' if len(problems) > 2 else ''})"
+    return ConfigError(message, key)
+
+
+def _keys_at(path: tuple[str, ...]) -> list[str]:
+    model: type[BaseModel] = Config
+    for part in path:
+        field = model.model_fields.get(part)
+        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
+            return []
+        model = field.annotation
+    return list(model.model_fields)
