@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Final, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from esper_simic.errors import ConfigError
 
@@ -27,7 +27,15 @@ SEED_MAX: Final = 2**63 - 1
 class Section(BaseModel):
     """A frozen part of the configuration in which unknown keys are errors."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=False, allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_numbers(cls, value: object, info: ValidationInfo) -> object:
+        # YAML reads `no`, `on`, `yes` as truth values; as numbers they would silently be 0 and 1.
+        if isinstance(value, bool) and cls.model_fields[info.field_name or ""].annotation is not bool:
+            raise ValueError("a truth value (YAML reads yes, no, on, off as such) cannot stand here")
+        return value
 
 
 class TrainerConfig(Section):
@@ -218,6 +226,15 @@ class Config(Section):
             raise ValueError(
                 f"experience_buffer.min_experiences {buffer.min_experiences} would never be reached with "
                 f"experience_buffer.capacity {buffer.capacity}"
+            )
+        in_flight = (
+            self.supervisor.num_actors * self.supervisor.unrolls_in_flight * self.environment.environments_per_actor
+        )
+        if buffer.capacity < in_flight:
+            raise ValueError(
+                f"experience_buffer.capacity {buffer.capacity} cannot hold the {in_flight} experiences that "
+                f"num_actors x unrolls_in_flight x environments_per_actor allow; raise it, or lower "
+                f"supervisor.unrolls_in_flight"
             )
         if fresh_per_batch(self) < 1:
             raise ValueError(

@@ -1,0 +1,32 @@
+"""What must be equal for two machines to make the same bytes from the same journal."""
+
+from __future__ import annotations
+
+import os
+from importlib import metadata
+
+import numpy as np
+import torch
+
+
+def fingerprint() -> dict[str, str]:
+    """Versions and modes on which the bits of a learner's step depend.
+
+    Digests in a journal can be compared only under an equal fingerprint. Found by experiment: thread count, oneDNN,
+    the CPU's instruction set, Adam's implementation and compilation each change the last bits from the first step on.
+    """
+    return {
+        "torch": str(torch.__version__),
+        "numpy": np.__version__,
+        "torch_geometric": metadata.version("torch-geometric"),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "mkldnn": str(torch.backends.mkldnn.enabled and torch.backends.mkldnn.is_available()),
+        "mkl_cbwr": os.environ.get("MKL_CBWR", ""),
+        "onednn_max_cpu_isa": os.environ.get("ONEDNN_MAX_CPU_ISA", ""),
+        "aten_cpu_capability": os.environ.get("ATEN_CPU_CAPABILITY", ""),
+        "intra_op_threads": str(torch.get_num_threads()),
+        "deterministic_algorithms": str(torch.are_deterministic_algorithms_enabled()),
+        "adam": "fused",
+        "compile": "none",
+        "device": "cpu",
+    }

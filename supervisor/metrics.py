@@ -1,0 +1,60 @@
+"""TensorBoard scalars of a run, under CleanRL's tag names; x is the global environment step.
+
+One writer, in the supervisor. Values come from the learner's progress reports; a report that brings no new
+environment step writes nothing, so x only grows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+TAGS: Final = {
+    "episodic_return": "charts/episodic_return",
+    "episodic_length": "charts/episodic_length",
+    "episodic_accuracy": "charts/episodic_accuracy",
+    "episodic_parameters": "charts/episodic_parameters_added",
+    "steps_per_second": "charts/SPS",
+    "learning_rate.policy": "charts/learning_rate",
+    "learning_rate.value": "charts/learning_rate_value",
+    "entropy_coefficient": "charts/entropy_coefficient",
+    "policy_lag": "charts/policy_lag",
+    "replay_age": "charts/replay_age",
+    "reward_deviation": "charts/reward_deviation",
+    "value_loss": "losses/value_loss",
+    "policy_loss": "losses/policy_loss",
+    "entropy": "losses/entropy",
+    "approx_kl": "losses/approx_kl",
+    "explained_variance": "losses/explained_variance",
+    "grad_norm": "losses/grad_norm",
+    "clip_fraction": "losses/clip_fraction",
+}
+"""Tag of each metric that is shown; a metric without one is not written."""
+
+
+class TensorBoardWriter:
+    """Writes an event file into a run's `tensorboard/` directory."""
+
+    def __init__(self, directory: Path) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        self._writer = EventFileWriter(str(directory))
+        self._last_step = -1
+
+    def write(self, environment_steps: int, metrics: Mapping[str, float], wall_time_s: float) -> None:
+        """Write the metrics that have a tag, unless this step was written already."""
+        if environment_steps <= self._last_step:
+            return
+        self._last_step = environment_steps
+        values = [
+            Summary.Value(tag=TAGS[name], simple_value=value) for name, value in metrics.items() if name in TAGS
+        ]
+        self._writer.add_event(Event(wall_time=wall_time_s, step=environment_steps, summary=Summary(value=values)))
+
+    def close(self) -> None:
+        """Write what is buffered and end the writer's thread."""
+        self._writer.close()
