@@ -1,0 +1,61 @@
+"""Generalised advantage estimation.
+
+    delta_t = r_t + gamma_t V(x_{t+1}) - V(x_t)
+    A_t     = delta_t + gamma_t lambda A_{t+1}
+
+with `gamma_t = 0` where the episode ends with step t.
+
+Source: Schulman et al., High-Dimensional Continuous Control Using Generalized Advantage Estimation (2016),
+equation 16.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class GAEReturns(NamedTuple):
+    """Advantages, and returns = advantages + values, both `[T, B]`, without gradient."""
+
+    advantages: Tensor
+    returns: Tensor
+
+
+@torch.no_grad()
+def gae(rewards: Tensor, discounts: Tensor, values: Tensor, bootstrap_value: Tensor, lambda_: float) -> GAEReturns:
+    """Compute generalised advantages.
+
+    Args:
+        rewards: `[T, B]`.
+        discounts: `[T, B]`, gamma, or 0 where the episode ends with this step.
+        values: `[T, B]`, V(x_t).
+        bootstrap_value: `[B]`, V(x_T).
+        lambda_: Decay, in [0, 1]: 0 is one-step TD, 1 the Monte Carlo return.
+
+    Returns:
+        Advantages and returns; no gradient flows into either.
+
+    Raises:
+        ValueError: Shapes or dtypes do not agree; the message names the argument.
+    """
+    if rewards.dim() != 2 or rewards.shape[0] < 1 or not rewards.is_floating_point():
+        raise ValueError(f"rewards must be [T, B] floating point with T >= 1, not {list(rewards.shape)} {rewards.dtype}")
+    for name, tensor, expected in (
+        ("discounts", discounts, rewards.shape),
+        ("values", values, rewards.shape),
+        ("bootstrap_value", bootstrap_value, rewards.shape[1:]),
+    ):
+        if tensor.shape != expected or tensor.dtype != rewards.dtype:
+            raise ValueError(
+                f"{name} must be {list(expected)} {rewards.dtype} like rewards, it is {list(tensor.shape)} {tensor.dtype}"
+            )
+    next_values = torch.cat([values[1:], bootstrap_value.unsqueeze(0)])
+    advantages = list((rewards + discounts * next_values - values).unbind(0))
+    decays = (discounts * lambda_).unbind(0)
+    for t in range(len(advantages) - 2, -1, -1):
+        advantages[t] = torch.addcmul(advantages[t], decays[t], advantages[t + 1])
+    stacked = torch.stack(advantages)
+    return GAEReturns(stacked, stacked + values)

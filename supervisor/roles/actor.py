@@ -1,0 +1,181 @@
+"""An actor: pulls weights, makes one unroll of all its lanes, sends it, waits for room, again.
+
+It owns nothing that must survive: its environments are seeds and actions, both in the learner's journal. An unroll is
+only sent while the actor holds a credit, so a slow learner stops it here.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import numpy as np
+import safetensors.torch
+import torch
+
+from esper_simic import seeding
+from esper_simic.config import Config, parse
+from esper_simic.errors import UnavailableError
+from esper_simic.growing_host.vector import GrowingHostVectorEnv
+from esper_simic.policies.graph_policy import GraphPolicy
+from esper_simic.trajectory import encode
+from esper_simic.unroll import UnrollCarry, begin, unroll
+from supervisor.bus import Client, Poller, Received
+from supervisor.child import ChildSpec
+from supervisor.protocol import ACCEPTS, Acknowledged, Credit, Hello, PullWeights, Refused, Stopped, Unroll, Weights
+from supervisor.roles.channel import ControlChannel
+
+WAIT_MS: Final = 200.0
+"""Longest wait for the learner before the control line is looked at again."""
+
+ANSWER_TIMEOUT_POLLS: Final = 300
+"""Waits of `WAIT_MS` without weights from the learner after which the actor gives up: one minute."""
+
+
+class LearnerLine:
+    """An actor's line to the learner: weights, credits, acknowledgements."""
+
+    def __init__(self, spec: ChildSpec, config: Config) -> None:
+        self._client = Client(
+            spec.endpoints["experience"],
+            spec.identity,
+            run_id=spec.run_id,
+            accepts=ACCEPTS["actor"],
+            frame_bytes_max=config.supervisor.frame_bytes_max,
+        )
+        self.credits = 0
+        self.version = -1
+        self.newest_version = -1
+        self.unacknowledged: set[int] = set()
+        self.refused = 0
+        self._client.send(Hello(actor=spec.who.index, incarnation=spec.who.incarnation))
+
+    @property
+    def client(self) -> Client:
+        """To be watched by a poller."""
+        return self._client
+
+    def ask_weights(self) -> None:
+        """Ask for weights newer than those held."""
+        self._client.send(PullWeights(have_version=self.version))
+
+    def send(self, message: Unroll, frames: list[bytes]) -> None:
+        """Send an unroll on one credit."""
+        self.credits -= 1
+        self.unacknowledged.add(message.sequence)
+        self._client.send(message, frames)
+
+    def take(self, policy: GraphPolicy) -> bool:
+        """Handle all that came; whether an answer about weights was among it."""
+        answered = False
+        while (received := self._client.receive()) is not None:
+            if not isinstance(received, Received):
+                continue
+            match received.message:
+                case Credit(count=count, policy_version=version):
+                    self.credits += count
+                    self.newest_version = max(self.newest_version, version)
+                case Acknowledged(sequence=sequence):
+                    self.unacknowledged.discard(sequence)
+                case Refused(sequence=sequence):
+                    self.unacknowledged.discard(sequence)
+                    self.refused += 1
+                case Weights(version=version):
+                    answered = True
+                    if received.frames:
+                        policy.load_state_dict(safetensors.torch.load(received.frames[0]))
+                        self.version = version
+                case _:
+                    pass
+        return answered
+
+    def close(self) -> None:
+        """End the socket."""
+        self._client.close()
+
+
+def main(spec: ChildSpec) -> None:
+    """Be actor `spec.who.index` until told to stop."""
+    torch.set_num_threads(1)
+    config = parse(spec.config_text)
+    trainer = config.simic_trainer
+    index = spec.who.index
+    lanes = config.environment.environments_per_actor
+    lane_seeds = [seeding.derive(trainer.seed, "actor", index, spec.who.incarnation, lane) for lane in range(lanes)]
+    env = GrowingHostVectorEnv(lanes, config.environment, gamma=trainer.gamma, lane_seeds=lane_seeds)
+    observation, _ = env.reset()
+    policy = GraphPolicy(env.spec_observation, trainer, seeding.generator(trainer.seed, "policy"))
+    carry = begin(policy, observation, lane_seeds, np.zeros(lanes, dtype=np.int64))
+    line = LearnerLine(spec, config)
+    try:
+        with ControlChannel(spec, config.supervisor.frame_bytes_max) as control:
+            control.ready()
+            _act(spec, config, control, line, env, policy, carry)
+            control.tell(Stopped(role=spec.who.role, index=index, incarnation=spec.who.incarnation))
+    finally:
+        line.close()
+
+
+def _act(
+    spec: ChildSpec,
+    config: Config,
+    control: ControlChannel,
+    line: LearnerLine,
+    env: GrowingHostVectorEnv,
+    policy: GraphPolicy,
+    carry: UnrollCarry,
+) -> None:
+    poller = Poller()
+    poller.add(control.client)
+    poller.add(line.client)
+    length = config.simic_trainer.unroll_length
+    sequence = 0
+    while control.stop_requested() is None:
+        if not _await_turn(control, line, poller, policy, sequence * length * env.num_envs):
+            return
+        episode_numbers = [int(number) for number in carry.episode_numbers]
+        trajectory, finished = unroll(policy, env, carry, length)
+        sequence += 1
+        message = Unroll(
+            actor=spec.who.index,
+            incarnation=spec.who.incarnation,
+            sequence=sequence,
+            policy_version=line.version,
+            lanes=env.num_envs,
+            steps=length,
+            episode_numbers=episode_numbers,
+            episodes=finished,
+        )
+        line.send(message, encode(trajectory))
+        control.worked()
+        control.report(environment_steps=sequence * length * env.num_envs, metrics=_metrics(line))
+
+
+def _await_turn(
+    control: ControlChannel, line: LearnerLine, poller: Poller, policy: GraphPolicy, environment_steps: int
+) -> bool:
+    """Wait for a credit and for an answer about weights; false when told to stop instead."""
+    line.ask_weights()
+    answered = False
+    silent_polls = 0
+    while True:
+        if line.take(policy):
+            answered = True
+            silent_polls = 0
+        if answered and line.credits > 0:
+            return True
+        if control.stop_requested() is not None:
+            return False
+        waiting_for = "weights" if not answered else "credit"
+        control.report(environment_steps=environment_steps, waiting_for=waiting_for, metrics=_metrics(line))
+        quiet = not poller.wait(WAIT_MS)
+        silent_polls += quiet and not answered
+        if silent_polls > ANSWER_TIMEOUT_POLLS:
+            raise UnavailableError(f"the learner gave no weights in {ANSWER_TIMEOUT_POLLS * WAIT_MS / 1000:g} s")
+
+
+def _metrics(line: LearnerLine) -> dict[str, float]:
+    return {
+        "policy_version": float(line.version),
+        "unacknowledged": float(len(line.unacknowledged)),
+        "refused": float(line.refused),
+    }

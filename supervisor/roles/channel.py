@@ -1,0 +1,128 @@
+"""A child's line to its supervisor: ready, progress, stop, farewell."""
+
+from __future__ import annotations
+
+import os
+import time
+from types import TracebackType
+from typing import Final, Self
+
+from esper_simic.errors import UnavailableError
+from supervisor.bus import Client, Received
+from supervisor.child import ChildSpec
+from supervisor.protocol import ACCEPTS, Evaluate, FromChild, Message, Noted, Progress, Ready, Stop
+
+PROGRESS_INTERVAL_S: Final = 0.25
+"""Between two reports; the live view and TensorBoard need no more."""
+
+NOTED_TIMEOUT_MS: Final = 10_000
+"""How long a leaving child waits for its last word to be synced; after that its checkpoint speaks for itself."""
+
+
+class ControlChannel:
+    """The control socket of one child."""
+
+    def __init__(self, spec: ChildSpec, frame_bytes_max: int) -> None:
+        self._who = spec.who
+        self._client = Client(
+            spec.endpoints["control"],
+            spec.identity,
+            run_id=spec.run_id,
+            accepts=ACCEPTS["control_child"],
+            frame_bytes_max=frame_bytes_max,
+        )
+        self._work = 0
+        self._next_report_s = 0.0
+        self._stop: Stop | None = None
+        self._tasks: list[Evaluate] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._client.close()
+
+    @property
+    def client(self) -> Client:
+        """To be watched by a poller."""
+        return self._client
+
+    def ready(self) -> None:
+        """Say that imports are done and sockets are open."""
+        role, index, incarnation = self._who
+        self._client.send(Ready(role=role, index=index, incarnation=incarnation, pid=os.getpid()))
+
+    def stop_requested(self) -> Stop | None:
+        """The stop message, once it came."""
+        self._listen(0)
+        return self._stop
+
+    def next_task(self, timeout_ms: int) -> Evaluate | None:
+        """The next evaluation task, waiting at most `timeout_ms`; None when none came."""
+        if not self._tasks:
+            self._listen(timeout_ms)
+        return self._tasks.pop(0) if self._tasks else None
+
+    def worked(self) -> None:
+        """Count a unit of this child's own work."""
+        self._work += 1
+
+    def report(
+        self,
+        *,
+        learner_step: int = 0,
+        environment_steps: int = 0,
+        waiting_for: str = "",
+        metrics: dict[str, float] | None = None,
+        now: bool = False,
+    ) -> None:
+        """Report progress, at most every `PROGRESS_INTERVAL_S` unless `now`."""
+        at_s = time.monotonic()
+        if at_s < self._next_report_s and not now:
+            return
+        self._next_report_s = at_s + PROGRESS_INTERVAL_S
+        role, index, incarnation = self._who
+        self._client.send(
+            Progress(
+                role=role,
+                index=index,
+                incarnation=incarnation,
+                work=self._work,
+                learner_step=learner_step,
+                environment_steps=environment_steps,
+                waiting_for=waiting_for,
+                metrics=metrics or {},
+            )
+        )
+
+    def tell(self, message: FromChild) -> None:
+        """Say something that the supervisor journals, and wait until it has.
+
+        Raises:
+            UnavailableError: No answer in `NOTED_TIMEOUT_MS`.
+        """
+        self._client.send(message)
+        kind = type(message).__name__
+        deadline_s = time.monotonic() + NOTED_TIMEOUT_MS / 1000
+        while (left_s := deadline_s - time.monotonic()) > 0:
+            received = self._take(int(left_s * 1000) + 1)
+            if isinstance(received, Noted) and received.of == kind:
+                return
+        raise UnavailableError(f"the supervisor did not confirm {kind} within {NOTED_TIMEOUT_MS} ms")
+
+    def _listen(self, timeout_ms: int) -> None:
+        while self._take(timeout_ms) is not None:
+            timeout_ms = 0
+
+    def _take(self, timeout_ms: int) -> Message | None:
+        received = self._client.receive(timeout_ms)
+        if not isinstance(received, Received):
+            return None
+        message = received.message
+        if isinstance(message, Stop):
+            self._stop = message
+        elif isinstance(message, Evaluate):
+            self._tasks.append(message)
+        return message

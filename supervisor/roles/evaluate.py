@@ -1,0 +1,89 @@
+"""An evaluator: measures the policies it is given on the run's held-out episodes, one at a time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final
+
+import safetensors.torch
+import torch
+
+from esper_simic import seeding
+from esper_simic.config import Config, parse
+from esper_simic.evaluation import LEARNED, PolicyOutcome, evaluate, held_out_seeds
+from esper_simic.growing_host.observation import observation_spec
+from esper_simic.policies.graph_policy import GraphPolicy
+from supervisor import checkpoints
+from supervisor.child import ChildSpec
+from supervisor.protocol import Evaluate, Evaluated, Stopped
+from supervisor.roles.channel import ControlChannel
+
+WAIT_MS: Final = 200
+POLICY_PREFIX: Final = "policy."
+
+
+def main(spec: ChildSpec) -> None:
+    """Be evaluator `spec.who.index` until told to stop."""
+    torch.set_num_threads(1)
+    config = parse(spec.config_text)
+    role, index, incarnation = spec.who
+    with ControlChannel(spec, config.supervisor.frame_bytes_max) as control:
+        control.ready()
+        while control.stop_requested() is None:
+            task = control.next_task(WAIT_MS)
+            if task is None:
+                control.report(waiting_for="task")
+                continue
+            outcome = measure(config, task)
+            control.worked()
+            control.report(now=True)
+            control.tell(
+                Evaluated(
+                    role=role,
+                    index=index,
+                    incarnation=incarnation,
+                    policy=task.policy,
+                    returns=tuple(episode.episode_return for episode in outcome.episodes),
+                    accuracies=tuple(episode.accuracy for episode in outcome.episodes),
+                    parameters=tuple(float(episode.parameters_added) for episode in outcome.episodes),
+                    summary=_summary(outcome),
+                )
+            )
+        control.tell(Stopped(role=role, index=index, incarnation=incarnation))
+
+
+def measure(config: Config, task: Evaluate) -> PolicyOutcome:
+    """Run a task's episodes.
+
+    Raises:
+        ContractError: The checkpoint of the learned policy is damaged.
+    """
+    policy = load_policy(config, Path(task.checkpoint)) if task.policy == LEARNED else None
+    seeds = held_out_seeds(config.simic_trainer.seed, task.episodes)
+    return evaluate(task.policy, config.environment, seeds, gamma=config.simic_trainer.gamma, policy=policy)
+
+
+def load_policy(config: Config, checkpoint: Path) -> GraphPolicy:
+    """The policy of a checkpoint, every file of it checked first."""
+    _, files = checkpoints.load(checkpoint)
+    tensors = safetensors.torch.load(files["state.safetensors"])
+    policy = GraphPolicy(
+        observation_spec(config.environment), config.simic_trainer, seeding.generator(config.simic_trainer.seed, "policy")
+    )
+    policy.load_state_dict(
+        {name.removeprefix(POLICY_PREFIX): value for name, value in tensors.items() if name.startswith(POLICY_PREFIX)}
+    )
+    return policy
+
+
+def _summary(outcome: PolicyOutcome) -> dict[str, float]:
+    intervals = {
+        "return": outcome.episode_return,
+        "accuracy": outcome.accuracy,
+        "parameters": outcome.parameters_added,
+    }
+    return {
+        f"{name}_{field}": value
+        for name, interval in intervals.items()
+        for field, value in (("mean", interval.mean), ("low", interval.low), ("high", interval.high))
+    }
