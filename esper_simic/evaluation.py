@@ -6,7 +6,7 @@ training episode uses.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, Protocol
 
 import msgspec
@@ -88,11 +88,11 @@ def baseline_names() -> tuple[str, ...]:
     return tuple(_BASELINES)
 
 
-_BASELINES: Final = {
+_BASELINES: Final[dict[str, Callable[[int], Controller]]] = {
     "heuristic": HeuristicController,
-    "patient": PatientController,
-    "random": RandomController,
-    "never-grow": NeverGrow,
+    "patient": lambda lanes: PatientController(),
+    "random": lambda lanes: RandomController(),
+    "never-grow": lambda lanes: NeverGrow(),
 }
 
 
@@ -167,4 +167,4 @@ def _acting(name: str, lanes: int, policy: GraphPolicy | None) -> _Acting:
         return _Learned(policy, lanes)
     if name not in _BASELINES:
         raise ValueError(f"unknown controller {name!r}; known: {', '.join((LEARNED, *_BASELINES))}")
-    return _Scripted(_BASELINES[name]())
+    return _Scripted(_BASELINES[name](lanes))

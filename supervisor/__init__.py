@@ -1,0 +1,1 @@
+"""Acts: starts processes, moves bytes and keeps durable truth; contains no mathematics."""

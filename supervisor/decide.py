@@ -1,0 +1,510 @@
+"""What follows from an observation, and what is owed to the world.
+
+`decide` turns one input into the events that follow from it. It first answers the input itself, then lets the state
+draw its own conclusions (`_advance`) until nothing new follows: a last actor gone makes the learner's turn to stop, a
+learner gone with a checkpoint makes the evaluators' turn to start. `plan` reads from a state which effects are owed.
+
+Both are pure: time comes in as `now_s`, seconds since the supervisor started, and the policy as the `supervisor`
+section of the configuration. Notices about earlier lives of a child, or about lives already over, decide nothing.
+
+How a run ends: `STOPPING` empties the process tree in order (actors, evaluators, then the learner, which is asked for
+its checkpoint), and when nobody is left the facts say what comes next: a failure, an answered stop, the evaluation, or
+the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Final, assert_never
+
+from esper_simic.config import SupervisorConfig
+from esper_simic.errors import InvariantViolation
+from supervisor.events import (
+    AnyEffect,
+    AnyEvent,
+    AnyInput,
+    AskStop,
+    CheckpointReported,
+    ChildAbandoned,
+    ChildExited,
+    ChildGivenUp,
+    ChildGone,
+    ChildId,
+    ChildReady,
+    ChildSaidReady,
+    ChildScheduled,
+    ChildSpawned,
+    ChildStarted,
+    ChildStopRequested,
+    CommandReceived,
+    CommandRefused,
+    DumpStacks,
+    EvaluationAssigned,
+    EvaluationFinished,
+    EvaluationHeard,
+    EvaluationStarted,
+    KillChild,
+    LearnerReported,
+    PolicyEvaluated,
+    ProgressHeard,
+    Role,
+    RunBegun,
+    RunFailed,
+    RunFinished,
+    RunStarted,
+    SendEvaluationTask,
+    SignalReceived,
+    StartChild,
+    StopRequested,
+    Tick,
+    TrainingEnded,
+    TrainingStarted,
+)
+from supervisor.state import LIVE, TERMINAL, Child, Phase, RunState, Status, apply
+
+Events = tuple[AnyEvent, ...]
+
+STACK_DUMP_S: Final = 0.5
+"""Time a hung child gets to write its stacks before it is killed; its signal handler needs milliseconds."""
+
+KILL_CONFIRM_S: Final = 10.0
+"""A killed process that is still there after so long sits in the kernel; waiting longer would hang the run too."""
+
+CONCLUSIONS_MAX: Final = 100
+"""Rounds of conclusions from one input; a run needs fewer than ten, so more is a loop in this file."""
+
+WANTED: Final[dict[Phase, frozenset[Role]]] = {
+    Phase.STARTING: frozenset({"learner", "actor"}),
+    Phase.TRAINING: frozenset({"learner", "actor"}),
+    Phase.EVALUATING: frozenset({"evaluate"}),
+}
+"""Whose processes a phase wants; every other live child is asked to go."""
+
+COMMANDS: Final = ("stop",)
+"""Commands an operator may send."""
+
+
+def decide(state: RunState, observed: AnyInput, now_s: float, config: SupervisorConfig) -> Events:
+    """Give the events that follow from one observation, in order; possibly none.
+
+    Args:
+        state: The fold of everything journaled so far.
+        observed: What the shell saw.
+        now_s: Seconds since this supervisor started.
+        config: Limits and timeouts.
+
+    Raises:
+        InvariantViolation: The conclusions do not come to an end.
+    """
+    events: list[AnyEvent] = []
+    batch = _respond(state, observed, now_s, config)
+    for _ in range(CONCLUSIONS_MAX):
+        for event in batch:
+            state = apply(state, event)
+        events.extend(batch)
+        batch = _advance(state, now_s, config)
+        if not batch:
+            return tuple(events)
+    raise InvariantViolation(f"conclusions from {observed} do not end; the last were {batch}")
+
+
+def plan(state: RunState, now_s: float, config: SupervisorConfig) -> tuple[AnyEffect, ...]:
+    """Give the effects still owed. The shell may carry each out more than once; the second time does nothing."""
+    effects: list[AnyEffect] = []
+    for who, child in sorted(state.children.items()):
+        match child.status:
+            case Status.SCHEDULED:
+                if who.role in WANTED.get(state.phase, ()) and child.start_at_s <= now_s:
+                    effects.append(StartChild(child=who))
+            case Status.STOPPING:
+                effects.append(_rung(who, child, now_s))
+            case Status.READY:
+                if child.policy:
+                    effects.append(SendEvaluationTask(child=who, policy=child.policy))
+            case _:
+                pass
+    return tuple(effects)
+
+
+def _rung(who: ChildId, child: Child, now_s: float) -> AnyEffect:
+    """The step of the stop ladder that the clock has reached: ask, dump, kill."""
+    if now_s < child.kill_at_s:
+        return AskStop(child=who, reason=child.reason)
+    if now_s < child.kill_at_s + STACK_DUMP_S:
+        return DumpStacks(child=who)
+    return KillChild(child=who)
+
+
+# Answers to inputs
+
+
+def _respond(  # noqa: PLR0911 (a table)
+    state: RunState, observed: AnyInput, now_s: float, config: SupervisorConfig
+) -> Events:
+    if state.phase in TERMINAL:
+        return ()
+    match observed:
+        case RunBegun():
+            return _begin(state, observed, now_s, config)
+        case ChildSpawned():
+            return _spawned(state, observed, now_s)
+        case ChildSaidReady():
+            return _said_ready(state, observed, now_s)
+        case ChildGone():
+            return _gone(state, observed, now_s)
+        case ProgressHeard():
+            return _progressed(state, observed, now_s, config)
+        case LearnerReported():
+            return _learner_reported(state, observed, now_s)
+        case EvaluationHeard():
+            return _evaluation_heard(state, observed, now_s)
+        case SignalReceived():
+            return _stop(state, now_s, source=observed.name, command_id="")
+        case CommandReceived():
+            return _command(state, observed, now_s)
+        case Tick():
+            return _tick(state, observed, now_s, config)
+        case _:
+            assert_never(observed)
+
+
+def _begin(state: RunState, observed: RunBegun, now_s: float, config: SupervisorConfig) -> Events:
+    if state.phase is not Phase.EMPTY:
+        return ()
+    started = RunStarted(
+        at_s=now_s,
+        run_id=observed.run_id,
+        preset=observed.preset,
+        config_text=observed.config_text,
+        config=observed.config,
+        fingerprint=observed.fingerprint,
+        versions=observed.versions,
+        started_unix_s=observed.started_unix_s,
+        num_actors=config.num_actors,
+        evaluation_workers=config.evaluation_workers,
+        evaluation_policies=observed.evaluation_policies,
+    )
+    children = [ChildId("learner", 0, 1), *(ChildId("actor", index, 1) for index in range(config.num_actors))]
+    return (started, *(_schedule(who, now_s, now_s, attempt=0) for who in children))
+
+
+def _spawned(state: RunState, observed: ChildSpawned, now_s: float) -> Events:
+    who = observed.child
+    if not _is(state, who, Status.SCHEDULED):
+        return ()
+    started = ChildStarted(
+        at_s=now_s, role=who.role, index=who.index, incarnation=who.incarnation, pid=observed.pid
+    )
+    if who.role in WANTED.get(state.phase, ()):
+        return (started,)
+    return (started, _ask(who, now_s, reason="no longer wanted", kill_at_s=now_s))
+
+
+def _said_ready(state: RunState, observed: ChildSaidReady, now_s: float) -> Events:
+    """READY proves a process, so it may overtake the launcher's word that there is one."""
+    who = observed.child
+    started: Events = ()
+    if _is(state, who, Status.SCHEDULED):
+        started = _spawned(state, ChildSpawned(child=who, pid=observed.pid), now_s)
+        if len(started) > 1:
+            return started
+    elif not _is(state, who, Status.STARTED) or state.children[who].pid != observed.pid:
+        return ()
+    ready = ChildReady(at_s=now_s, role=who.role, index=who.index, incarnation=who.incarnation)
+    return (*started, ready)
+
+
+def _gone(state: RunState, observed: ChildGone, now_s: float) -> Events:
+    who = observed.child
+    if not _is(state, who, Status.SCHEDULED, *LIVE):
+        return ()
+    return (
+        ChildExited(
+            at_s=now_s,
+            role=who.role,
+            index=who.index,
+            incarnation=who.incarnation,
+            reason=observed.reason,
+            detail=observed.detail,
+        ),
+    )
+
+
+def _progressed(state: RunState, observed: ProgressHeard, now_s: float, config: SupervisorConfig) -> Events:
+    who = observed.child
+    if who.role != "learner" or not _is(state, who, *LIVE) or state.phase is not Phase.TRAINING:
+        return ()
+    if config.max_steps is None or observed.environment_steps < config.max_steps:
+        return ()
+    return (TrainingEnded(at_s=now_s, reason="max_steps"),)
+
+
+def _learner_reported(state: RunState, observed: LearnerReported, now_s: float) -> Events:
+    who = observed.child
+    if who.role != "learner" or not _is(state, who, *LIVE):
+        return ()
+    return (
+        CheckpointReported(
+            at_s=now_s,
+            path=observed.path,
+            learner_step=observed.learner_step,
+            environment_steps=observed.environment_steps,
+            digest=observed.digest,
+        ),
+    )
+
+
+def _evaluation_heard(state: RunState, observed: EvaluationHeard, now_s: float) -> Events:
+    who = observed.child
+    if not _is(state, who, *LIVE) or state.children[who].policy != observed.policy:
+        return ()
+    return (
+        PolicyEvaluated(
+            at_s=now_s,
+            policy=observed.policy,
+            returns=observed.returns,
+            accuracies=observed.accuracies,
+            parameters=observed.parameters,
+            summary=observed.summary,
+        ),
+    )
+
+
+def _stop(state: RunState, now_s: float, *, source: str, command_id: str) -> Events:
+    """The first request stops in order, a second one at once."""
+    requested = StopRequested(at_s=now_s, source=source, command_id=command_id, urgent=state.stop is not None)
+    if state.phase in (Phase.STARTING, Phase.TRAINING):
+        return (requested, TrainingEnded(at_s=now_s, reason="requested"))
+    return (requested,)
+
+
+def _command(state: RunState, observed: CommandReceived, now_s: float) -> Events:
+    if observed.command_id in state.commands:
+        return ()
+    if observed.name == "stop":
+        return _stop(state, now_s, source="command", command_id=observed.command_id)
+    reason = f"unknown command {observed.name!r}; known: {', '.join(COMMANDS)}"
+    return (CommandRefused(at_s=now_s, command_id=observed.command_id, reason=reason),)
+
+
+def _tick(state: RunState, observed: Tick, now_s: float, config: SupervisorConfig) -> Events:
+    events: list[AnyEvent] = []
+    for who, child in sorted(state.live.items()):
+        reason = ""
+        match child.status:
+            case Status.STARTED if now_s - child.since_s > config.ready_timeout_s:
+                reason = f"not ready within {config.ready_timeout_s:g} s"
+            case Status.READY:
+                silent_s = now_s - max(child.since_s, observed.progressed_at_s.get(who, child.since_s))
+                if silent_s > config.progress_timeout_s:
+                    reason = f"no progress for {silent_s:.1f} s"
+            case Status.STOPPING if now_s > child.kill_at_s + STACK_DUMP_S + KILL_CONFIRM_S:
+                events.append(
+                    ChildAbandoned(
+                        at_s=now_s, role=who.role, index=who.index, incarnation=who.incarnation, pid=child.pid
+                    )
+                )
+            case _:
+                pass
+        if reason:
+            events.append(_ask(who, now_s, reason=reason, kill_at_s=now_s))
+    if state.phase is Phase.TRAINING and _time_is_up(state, now_s, config):
+        events.append(TrainingEnded(at_s=now_s, reason="max_seconds"))
+    return tuple(events)
+
+
+# Conclusions from the state
+
+
+def _advance(state: RunState, now_s: float, config: SupervisorConfig) -> Events:
+    """The next conclusions the state allows, none when it has to wait for the world."""
+    if state.phase is Phase.EMPTY or state.phase in TERMINAL:
+        return ()
+    by_phase: dict[Phase, Callable[[RunState, float, SupervisorConfig], Events]] = {
+        Phase.STARTING: _while_starting,
+        Phase.TRAINING: _while_training,
+        Phase.STOPPING: _while_stopping,
+        Phase.EVALUATING: _while_evaluating,
+    }
+    return by_phase[state.phase](state, now_s, config)
+
+
+def _while_starting(state: RunState, now_s: float, config: SupervisorConfig) -> Events:
+    if state.of_role("learner", Status.READY) and state.of_role("actor", Status.READY):
+        return (TrainingStarted(at_s=now_s),)
+    return _while_training(state, now_s, config)
+
+
+def _while_training(state: RunState, now_s: float, config: SupervisorConfig) -> Events:
+    for who, child in state.of_role("learner", Status.EXITED, Status.ABANDONED).items():
+        return (
+            RunFailed(at_s=now_s, reason=f"{who.name} is gone ({_why(child)}) and nothing learns without it"),
+        )
+    return _replace_the_fallen(state, "actor", now_s, config)
+
+
+def _while_evaluating(state: RunState, now_s: float, config: SupervisorConfig) -> Events:
+    open_tasks = _open_tasks(state)
+    if not open_tasks and not any(child.policy for child in state.children.values()):
+        return (EvaluationFinished(at_s=now_s),)
+    idle = [who for who, child in state.of_role("evaluate", Status.READY).items() if not child.policy]
+    if idle and open_tasks:
+        return tuple(
+            EvaluationAssigned(
+                at_s=now_s, role=who.role, index=who.index, incarnation=who.incarnation, policy=policy
+            )
+            for who, policy in zip(sorted(idle), open_tasks, strict=False)
+        )
+    return _replace_the_fallen(state, "evaluate", now_s, config)
+
+
+def _while_stopping(state: RunState, now_s: float, config: SupervisorConfig) -> Events:
+    urgent = state.stop is not None and state.stop.urgent
+    others = {who: child for who, child in state.live.items() if who.role != "learner"}
+    leaving = others or state.live
+    if urgent:
+        leaving = {
+            who: child
+            for who, child in state.live.items()
+            if child.status is not Status.STOPPING or child.kill_at_s > now_s
+        }
+    asked = tuple(
+        _ask(who, now_s, reason=_reason_to_stop(state), kill_at_s=_patience(state, child, now_s, config))
+        for who, child in sorted(leaving.items())
+        if urgent or child.status is not Status.STOPPING
+    )
+    if asked or state.live:
+        return asked
+    return _after_the_last_child(state, now_s)
+
+
+def _patience(state: RunState, child: Child, now_s: float, config: SupervisorConfig) -> float:
+    """Until when a child is asked. One that is not ready yet cannot hear, and has nothing to save."""
+    if (state.stop is not None and state.stop.urgent) or child.status is Status.STARTED:
+        return now_s
+    return now_s + config.stop_timeout_s
+
+
+def _reason_to_stop(state: RunState) -> str:
+    if state.failure:
+        return state.failure
+    if state.stop is not None:
+        return f"stop requested by {state.stop.source}"
+    if state.evaluated:
+        return "evaluation finished"
+    return f"training ended: {state.training_ended.reason}" if state.training_ended else "the run ends"
+
+
+def _after_the_last_child(state: RunState, now_s: float) -> Events:
+    if state.failure:
+        return (RunFinished(at_s=now_s, exit_code=1, outcome="failed", reason=state.failure),)
+    if state.training_started_s is not None and state.checkpoint is None:
+        last = "; ".join(f"{who.name} {_why(child)}" for who, child in state.of_role("learner").items())
+        if state.stop is not None and state.stop.urgent:
+            reason = "killed on a second request, before the learner's checkpoint was reported"
+            return (RunFinished(at_s=now_s, exit_code=1, outcome="stopped", reason=reason),)
+        return (RunFailed(at_s=now_s, reason=f"the learner reported no checkpoint ({last})"),)
+    if state.stop is not None:
+        reason = f"stopped by {state.stop.source}"
+        if state.training_started_s is None:
+            reason += " before training began"
+        return (RunFinished(at_s=now_s, exit_code=0, outcome="stopped", reason=reason),)
+    if state.evaluated or not _open_tasks(state):
+        return (RunFinished(at_s=now_s, exit_code=0, outcome="finished", reason="the run is complete"),)
+    workers = min(state.started.evaluation_workers if state.started else 1, len(_open_tasks(state)))
+    return (
+        EvaluationStarted(at_s=now_s),
+        *(_schedule(ChildId("evaluate", index, 1), now_s, now_s, attempt=0) for index in range(workers)),
+    )
+
+
+# Restarts
+
+
+def _replace_the_fallen(state: RunState, role: Role, now_s: float, config: SupervisorConfig) -> Events:
+    """Schedule the next life of each child that is gone, or give it up; fail the run when none of its role is left."""
+    events: list[AnyEvent] = []
+    lives = state.of_role(role)
+    for who, child in sorted(lives.items()):
+        gone = child.status in (Status.EXITED, Status.ABANDONED) and _is_newest(who, lives)
+        if gone and (who.role, who.index) not in state.given_up:
+            events.append(_next_life(state, who, child, now_s, config))
+    if events:
+        return tuple(events)
+    if not any(child.status in LIVE or child.status is Status.SCHEDULED for child in lives.values()):
+        last = "; ".join(f"{who.name} {_why(child)}" for who, child in sorted(lives.items()))
+        return (RunFailed(at_s=now_s, reason=f"every {role} was given up; last seen: {last}"),)
+    return ()
+
+
+def _next_life(
+    state: RunState, who: ChildId, child: Child, now_s: float, config: SupervisorConfig
+) -> AnyEvent:
+    recent = [
+        at for at in state.restarts_s.get((who.role, who.index), ()) if now_s - at < config.restart_window_s
+    ]
+    if len(recent) >= config.max_restarts:
+        reason = f"{len(recent)} restarts within {config.restart_window_s:g} s; the last end: {_why(child)}"
+        return ChildGivenUp(
+            at_s=now_s, role=who.role, index=who.index, incarnation=who.incarnation, reason=reason
+        )
+    next_life = ChildId(who.role, who.index, who.incarnation + 1)
+    return _schedule(next_life, now_s, now_s + backoff_s(len(recent), config), attempt=len(recent) + 1)
+
+
+def backoff_s(restarts: int, config: SupervisorConfig) -> float:
+    """Delay before a restart that follows `restarts` others in the window: doubling, up to its bound, seconds."""
+    # The exponent is bounded so that a huge max_restarts cannot overflow a float.
+    return min(config.restart_backoff_max_s, config.restart_backoff_s * 2.0 ** min(restarts, 60))
+
+
+# Small words
+
+
+def _time_is_up(state: RunState, now_s: float, config: SupervisorConfig) -> bool:
+    began_s, limit_s = state.training_started_s, config.max_seconds
+    return began_s is not None and limit_s is not None and now_s - began_s >= limit_s
+
+
+def _is(state: RunState, who: ChildId, *statuses: Status) -> bool:
+    child = state.children.get(who)
+    return child is not None and child.status in statuses
+
+
+def _is_newest(who: ChildId, lives: Iterable[ChildId]) -> bool:
+    return all(who.incarnation >= other.incarnation for other in lives if other.index == who.index)
+
+
+def _open_tasks(state: RunState) -> list[str]:
+    """Policies neither measured nor in an evaluator's hands, in the order given at the start."""
+    policies = state.started.evaluation_policies if state.started else ()
+    taken = {child.policy for child in state.children.values()}
+    return [policy for policy in policies if policy not in state.evaluations and policy not in taken]
+
+
+def _why(child: Child) -> str:
+    if child.status is Status.ABANDONED:
+        return f"process {child.pid} could not be killed"
+    return child.detail or str(child.status)
+
+
+def _schedule(who: ChildId, now_s: float, start_at_s: float, *, attempt: int) -> ChildScheduled:
+    return ChildScheduled(
+        at_s=now_s,
+        role=who.role,
+        index=who.index,
+        incarnation=who.incarnation,
+        start_at_s=start_at_s,
+        attempt=attempt,
+    )
+
+
+def _ask(who: ChildId, now_s: float, *, reason: str, kill_at_s: float) -> ChildStopRequested:
+    return ChildStopRequested(
+        at_s=now_s,
+        role=who.role,
+        index=who.index,
+        incarnation=who.incarnation,
+        reason=reason,
+        kill_at_s=kill_at_s,
+    )

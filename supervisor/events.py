@@ -1,0 +1,413 @@
+"""What happened to the process tree, what the shell observed, and what is still owed.
+
+Three closed families, all frozen values:
+
+* **Events** are past-tense facts. They are journaled before anybody hears of them, and `state.apply` folds them.
+  A new meaning is a new event; an old one never changes.
+* **Inputs** are what the shell observed since it last looked. They are not journaled; what `decide` makes of them is.
+* **Effects** are debts of the shell to the world. `decide.plan` derives them from the state; carrying one out twice
+  must do nothing the second time, which is why each names a child and its incarnation.
+
+Every time here is `at_s`: seconds since this supervisor started, on a monotonic clock. The one wall-clock reading is
+`RunStarted.started_unix_s`.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Any, Final, Literal, NamedTuple
+
+import msgspec
+
+from esper_simic.errors import ContractError
+
+Role = Literal["learner", "actor", "evaluate"]
+
+EndOfTraining = Literal["max_seconds", "max_steps", "requested"]
+
+Outcome = Literal["finished", "stopped", "failed"]
+
+
+class ExitReason(StrEnum):
+    """Why a child is gone, as far as the evidence goes."""
+
+    CLEAN = "clean"
+    ERROR = "error"
+    CONFIGURATION = "configuration"
+    SIGNAL = "signal"
+    OUT_OF_MEMORY = "out_of_memory"
+    NOT_STARTED = "not_started"
+    UNKNOWN = "unknown"
+
+
+class ChildId(NamedTuple):
+    """One life of one child. A restarted child has the same role and index and the next incarnation."""
+
+    role: Role
+    index: int  # type: ignore[assignment]  # a child has an index; nobody searches this tuple
+    incarnation: int
+
+    @property
+    def name(self) -> str:
+        """The child's name without its incarnation, such as `actor-3`."""
+        return f"{self.role}-{self.index}"
+
+
+class Event(msgspec.Struct, frozen=True, kw_only=True):
+    """A journaled fact; `at_s` is seconds since this supervisor started."""
+
+    at_s: float
+
+
+class ChildEvent(Event, frozen=True, kw_only=True):
+    """A fact about one life of one child."""
+
+    role: Role
+    index: int
+    incarnation: int
+
+    @property
+    def child(self) -> ChildId:
+        """Whom the event is about."""
+        return ChildId(self.role, self.index, self.incarnation)
+
+
+class RunStarted(Event, frozen=True, kw_only=True):
+    """The first event: all that the run depends on."""
+
+    run_id: str
+    preset: str
+    config_text: str
+    config: dict[str, Any]
+    fingerprint: dict[str, str]
+    versions: dict[str, str]
+    started_unix_s: float
+    num_actors: int
+    evaluation_workers: int
+    evaluation_policies: tuple[str, ...]
+
+
+class ChildScheduled(ChildEvent, frozen=True, kw_only=True):
+    """A life of a child is wanted from `start_at_s` on; `attempt` 0 is the first start, others are restarts."""
+
+    start_at_s: float
+    attempt: int
+
+
+class ChildStarted(ChildEvent, frozen=True, kw_only=True):
+    """The child has a process; nothing is known about its health yet."""
+
+    pid: int
+
+
+class ChildReady(ChildEvent, frozen=True, kw_only=True):
+    """The child spoke: imports done, sockets open."""
+
+
+class ChildStopRequested(ChildEvent, frozen=True, kw_only=True):
+    """It was decided that the child shall go: asked until `kill_at_s`, then its stacks dumped, then killed."""
+
+    reason: str
+    kill_at_s: float
+
+
+class ChildExited(ChildEvent, frozen=True, kw_only=True):
+    """The child's process is gone, or could not be made."""
+
+    reason: ExitReason
+    detail: str
+
+
+class ChildAbandoned(ChildEvent, frozen=True, kw_only=True):
+    """The kernel did not end the child's process in bounded time; nobody waits for it any more."""
+
+    pid: int
+
+
+class ChildGivenUp(ChildEvent, frozen=True, kw_only=True):
+    """The child died too often within the window and is not restarted."""
+
+    reason: str
+
+
+class TrainingStarted(Event, frozen=True, kw_only=True):
+    """The learner and at least one actor are ready; `max_seconds` counts from here."""
+
+
+class TrainingEnded(Event, frozen=True, kw_only=True):
+    """No more experience is wanted."""
+
+    reason: EndOfTraining
+
+
+class StopRequested(Event, frozen=True, kw_only=True):
+    """Somebody outside asked for the end; `urgent` means now, at the cost of a checkpoint."""
+
+    source: str
+    command_id: str
+    urgent: bool
+
+
+class CommandRefused(Event, frozen=True, kw_only=True):
+    """A command that cannot be obeyed, and why; a repeat of its id gets the same answer."""
+
+    command_id: str
+    reason: str
+
+
+class CheckpointReported(Event, frozen=True, kw_only=True):
+    """The learner wrote its last checkpoint and verified it."""
+
+    path: str
+    learner_step: int
+    environment_steps: int
+    digest: str
+
+
+class EvaluationStarted(Event, frozen=True, kw_only=True):
+    """The trained policy and its rivals are to be measured on held-out episodes."""
+
+
+class EvaluationAssigned(ChildEvent, frozen=True, kw_only=True):
+    """One evaluator got one policy to measure."""
+
+    policy: str
+
+
+class PolicyEvaluated(Event, frozen=True, kw_only=True):
+    """One policy was measured; the lists have one entry an episode.
+
+    `summary` holds what the evaluating role computed from them, such as means and the ends of their intervals.
+    """
+
+    policy: str
+    returns: tuple[float, ...]
+    accuracies: tuple[float, ...]
+    parameters: tuple[float, ...]
+    summary: dict[str, float]
+
+
+class EvaluationFinished(Event, frozen=True, kw_only=True):
+    """Every policy was measured."""
+
+
+class RunFailed(Event, frozen=True, kw_only=True):
+    """The run cannot reach its purpose any more; what still runs is to be stopped."""
+
+    reason: str
+
+
+class RunFinished(Event, frozen=True, kw_only=True):
+    """The last event: no child is left."""
+
+    exit_code: int
+    outcome: Outcome
+    reason: str
+
+
+AnyEvent = (
+    RunStarted
+    | ChildScheduled
+    | ChildStarted
+    | ChildReady
+    | ChildStopRequested
+    | ChildExited
+    | ChildAbandoned
+    | ChildGivenUp
+    | TrainingStarted
+    | TrainingEnded
+    | StopRequested
+    | CommandRefused
+    | CheckpointReported
+    | EvaluationStarted
+    | EvaluationAssigned
+    | PolicyEvaluated
+    | EvaluationFinished
+    | RunFailed
+    | RunFinished
+)
+
+EVENTS: Final[dict[str, type[AnyEvent]]] = {
+    kind.__name__: kind
+    for kind in (
+        RunStarted,
+        ChildScheduled,
+        ChildStarted,
+        ChildReady,
+        ChildStopRequested,
+        ChildExited,
+        ChildAbandoned,
+        ChildGivenUp,
+        TrainingStarted,
+        TrainingEnded,
+        StopRequested,
+        CommandRefused,
+        CheckpointReported,
+        EvaluationStarted,
+        EvaluationAssigned,
+        PolicyEvaluated,
+        EvaluationFinished,
+        RunFailed,
+        RunFinished,
+    )
+}
+"""The journal's `kind` of each event is its class name."""
+
+
+def from_journal(kind: str, header: object) -> AnyEvent:
+    """Give back the event of one record of the supervisor's journal.
+
+    Args:
+        kind: The record's kind.
+        header: The record's header as plain values, as any MessagePack reader would give it.
+
+    Raises:
+        ContractError: The kind is unknown or the header does not fit it.
+    """
+    event = EVENTS.get(kind)
+    if event is None:
+        raise ContractError(f"unknown supervisor event {kind!r}; known: {', '.join(EVENTS)}")
+    try:
+        return msgspec.convert(header, event)
+    except msgspec.ValidationError as error:
+        raise ContractError(f"the header does not fit a {kind}: {error}") from None
+
+
+# Inputs: what the shell observed
+
+
+class Input(msgspec.Struct, frozen=True, kw_only=True):
+    """Something observed, not yet judged."""
+
+
+class RunBegun(Input, frozen=True, kw_only=True):
+    """The shell stands on an empty journal and wants the run to begin with these facts."""
+
+    run_id: str
+    preset: str
+    config_text: str
+    config: dict[str, Any]
+    fingerprint: dict[str, str]
+    versions: dict[str, str]
+    started_unix_s: float
+    evaluation_policies: tuple[str, ...]
+
+
+class ChildSpawned(Input, frozen=True, kw_only=True):
+    """A start effect gave a process."""
+
+    child: ChildId
+    pid: int
+
+
+class ChildSaidReady(Input, frozen=True, kw_only=True):
+    """A child's READY message."""
+
+    child: ChildId
+    pid: int
+
+
+class ChildGone(Input, frozen=True, kw_only=True):
+    """The kernel says the process ended, or it could not be started."""
+
+    child: ChildId
+    reason: ExitReason
+    detail: str
+
+
+class ProgressHeard(Input, frozen=True, kw_only=True):
+    """A child's report of work done; only the learner's counts of the run are judged."""
+
+    child: ChildId
+    learner_step: int
+    environment_steps: int
+
+
+class LearnerReported(Input, frozen=True, kw_only=True):
+    """The learner's report of its last checkpoint."""
+
+    child: ChildId
+    path: str
+    learner_step: int
+    environment_steps: int
+    digest: str
+
+
+class EvaluationHeard(Input, frozen=True, kw_only=True):
+    """An evaluator's result."""
+
+    child: ChildId
+    policy: str
+    returns: tuple[float, ...]
+    accuracies: tuple[float, ...]
+    parameters: tuple[float, ...]
+    summary: dict[str, float]
+
+
+class SignalReceived(Input, frozen=True, kw_only=True):
+    """A termination signal reached the supervisor."""
+
+    name: str
+
+
+class CommandReceived(Input, frozen=True, kw_only=True):
+    """An operator's command with the id that makes its repeat harmless."""
+
+    command_id: str
+    name: str
+
+
+class Tick(Input, frozen=True, kw_only=True):
+    """Time passed. `progressed_at_s` holds when each living child last did some work."""
+
+    progressed_at_s: dict[ChildId, float]
+
+
+AnyInput = (
+    RunBegun
+    | ChildSpawned
+    | ChildSaidReady
+    | ChildGone
+    | ProgressHeard
+    | LearnerReported
+    | EvaluationHeard
+    | SignalReceived
+    | CommandReceived
+    | Tick
+)
+
+
+# Effects: what is owed to the world
+
+
+class Effect(msgspec.Struct, frozen=True, kw_only=True):
+    """A debt to one life of one child."""
+
+    child: ChildId
+
+
+class StartChild(Effect, frozen=True, kw_only=True):
+    """Make the process. Settled by `ChildStarted` or `ChildExited`."""
+
+
+class AskStop(Effect, frozen=True, kw_only=True):
+    """Send the stop message. Settled by `ChildExited`."""
+
+    reason: str
+
+
+class DumpStacks(Effect, frozen=True, kw_only=True):
+    """Let the child write where its threads stand. Settled by `ChildExited`."""
+
+
+class KillChild(Effect, frozen=True, kw_only=True):
+    """Send SIGKILL. Settled by `ChildExited`."""
+
+
+class SendEvaluationTask(Effect, frozen=True, kw_only=True):
+    """Tell an evaluator which policy to measure. Settled by `PolicyEvaluated`."""
+
+    policy: str
+
+
+AnyEffect = StartChild | AskStop | DumpStacks | KillChild | SendEvaluationTask

@@ -1,0 +1,230 @@
+"""What processes of a run say to each other: frozen structs, one table of their kinds.
+
+Three conversations, each on its own socket:
+
+* **control**, child to supervisor: `Ready`, `Progress`, `Stopped`, `Evaluated`; back: `Stop`, `Evaluate`, `Noted`.
+  `Noted` is sent once what the child reported is synced in the supervisor's journal; a child must not leave before.
+* **operator**, command line to supervisor: `StatusRequest`, `Command`; back: `StatusReply`, `CommandReply`.
+* **experience**, actor to learner: `Hello`, `Unroll`, `PullWeights`; back: `Acknowledged` (it is durable), `Credit`
+  (there is room for more), `Refused`, `Weights`. Acknowledgement and credit are two messages because storing an
+  unroll and having room for the next one are two facts.
+
+Arrays travel as raw frames after the message: an unroll in the order of `esper_simic.trajectory.frame_layout`, weights
+as one frame of safetensors.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final, Literal
+
+import msgspec
+
+from esper_simic.events import EpisodeFinished
+from supervisor.events import Role
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True):
+    """Anything said over a socket; its kind on the wire is its class name."""
+
+
+class FromChild(Message, frozen=True, kw_only=True):
+    """A message by which a child speaks for one of its lives."""
+
+    role: Role
+    index: int
+    incarnation: int
+
+
+# Control
+
+
+class Ready(FromChild, frozen=True, kw_only=True):
+    """Imports are done and sockets are open."""
+
+    pid: int
+
+
+class Progress(FromChild, frozen=True, kw_only=True):
+    """Work done so far, not a sign of life.
+
+    `work` is a count that only grows when the child did some of its own work; a report in which it has not grown is no
+    progress. `waiting_for` says what a child lacks that it cannot make itself, such as `"credit"` or `"experience"`:
+    such a child is not blamed as long as any other one makes progress. `environment_steps` of the learner counts the
+    steps admitted in the run, of an actor the steps it made.
+    """
+
+    work: int
+    learner_step: int = 0
+    environment_steps: int = 0
+    phase: str = ""
+    waiting_for: str = ""
+    metrics: dict[str, float] = {}
+
+
+class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
+    """A checkpoint that was written, synced and verified."""
+
+    path: str
+    learner_step: int
+    environment_steps: int
+    digest: str
+
+
+class Stopped(FromChild, frozen=True, kw_only=True):
+    """The child obeyed a stop and leaves after `Noted`; the learner names its checkpoint."""
+
+    checkpoint: Checkpoint | None = None
+
+
+class Evaluated(FromChild, frozen=True, kw_only=True):
+    """One policy's held-out episodes, an entry each, and the summary the evaluator computed from them."""
+
+    policy: str
+    returns: tuple[float, ...]
+    accuracies: tuple[float, ...]
+    parameters: tuple[float, ...]
+    summary: dict[str, float]
+
+
+class Stop(Message, frozen=True, kw_only=True):
+    """End in order: finish the unit of work, save what is to be saved, say `Stopped`."""
+
+    reason: str
+
+
+class Evaluate(Message, frozen=True, kw_only=True):
+    """Measure one policy over `episodes` held-out episodes; `checkpoint` is the path of the learned one."""
+
+    policy: str
+    episodes: int
+    checkpoint: str
+
+
+class Noted(Message, frozen=True, kw_only=True):
+    """What the child said last (`of` is its kind) is synced in the supervisor's journal."""
+
+    of: str
+
+
+# Operator
+
+
+class StatusRequest(Message, frozen=True, kw_only=True):
+    """Ask for the present snapshot."""
+
+
+class StatusReply(Message, frozen=True, kw_only=True):
+    """The snapshot as plain values; its schema is versioned inside."""
+
+    snapshot: dict[str, Any]
+
+
+class Command(Message, frozen=True, kw_only=True):
+    """An operator's imperative. A repeat of `command_id` gets the first answer and does nothing."""
+
+    command_id: str
+    name: str
+
+
+class CommandReply(Message, frozen=True, kw_only=True):
+    """The answer, sent after it is synced; `reason` says why when refused."""
+
+    command_id: str
+    accepted: bool
+    reason: str
+    position: int
+
+
+# Experience
+
+
+class Hello(Message, frozen=True, kw_only=True):
+    """An actor's first words to the learner; the learner answers with the actor's credits."""
+
+    actor: int
+    incarnation: int
+
+
+class Unroll(Message, frozen=True, kw_only=True):
+    """`steps` steps of `lanes` lanes, made by one policy version.
+
+    `sequence` counts from 1 in each incarnation; `episode_numbers` are the lanes' current episodes.
+    """
+
+    actor: int
+    incarnation: int
+    sequence: int
+    policy_version: int
+    lanes: int
+    steps: int
+    episode_numbers: list[int]
+    episodes: list[EpisodeFinished]
+
+
+class Acknowledged(Message, frozen=True, kw_only=True):
+    """The unroll is durable at this journal position."""
+
+    sequence: int
+    position: int
+
+
+class Credit(Message, frozen=True, kw_only=True):
+    """The actor may send `count` more unrolls; `policy_version` is the newest to pull."""
+
+    count: int
+    policy_version: int
+
+
+class Refused(Message, frozen=True, kw_only=True):
+    """The unroll was not admitted: `reason` is one of a few words fit for a counter's label."""
+
+    sequence: int
+    reason: str
+
+
+class PullWeights(Message, frozen=True, kw_only=True):
+    """Ask for weights newer than `have_version` (-1: any)."""
+
+    have_version: int
+
+
+class Weights(Message, frozen=True, kw_only=True):
+    """A policy version; without frames when the asker already has it."""
+
+    version: int
+
+
+KINDS: Final[dict[str, type[Message]]] = {
+    kind.__name__: kind
+    for kind in (
+        Ready,
+        Progress,
+        Stopped,
+        Evaluated,
+        Stop,
+        Evaluate,
+        Noted,
+        StatusRequest,
+        StatusReply,
+        Command,
+        CommandReply,
+        Hello,
+        Unroll,
+        Acknowledged,
+        Credit,
+        Refused,
+        PullWeights,
+        Weights,
+    )
+}
+
+Conversation = Literal["control", "control_child", "operator", "learner", "actor"]
+
+ACCEPTS: Final[dict[Conversation, tuple[type[Message], ...]]] = {
+    "control": (Ready, Progress, Stopped, Evaluated, StatusRequest, Command),
+    "control_child": (Stop, Evaluate, Noted),
+    "operator": (StatusReply, CommandReply),
+    "learner": (Hello, Unroll, PullWeights),
+    "actor": (Acknowledged, Credit, Refused, Weights),
+}
+"""What each end of a socket accepts; anything else is refused there and counted."""

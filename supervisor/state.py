@@ -1,0 +1,271 @@
+"""The process tree as a fold of the supervisor's journal.
+
+`apply` is total: it refuses nothing, because refusing is `decide`'s work, before an event exists. `check` says
+whether the result contradicts itself. Both are tables and copies, nothing else.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Final, assert_never
+
+import msgspec
+
+from esper_simic.errors import InvariantViolation
+from supervisor.events import (
+    AnyEvent,
+    CheckpointReported,
+    ChildAbandoned,
+    ChildEvent,
+    ChildExited,
+    ChildGivenUp,
+    ChildId,
+    ChildReady,
+    ChildScheduled,
+    ChildStarted,
+    ChildStopRequested,
+    CommandRefused,
+    EvaluationAssigned,
+    EvaluationFinished,
+    EvaluationStarted,
+    PolicyEvaluated,
+    Role,
+    RunFailed,
+    RunFinished,
+    RunStarted,
+    StopRequested,
+    TrainingEnded,
+    TrainingStarted,
+)
+
+
+class Phase(StrEnum):
+    """Where the run stands. How it came there is kept in facts beside it, never here."""
+
+    EMPTY = "empty"
+    STARTING = "starting"
+    TRAINING = "training"
+    STOPPING = "stopping"
+    EVALUATING = "evaluating"
+    FINISHED = "finished"
+    STOPPED = "stopped"
+    FAILED = "failed"
+
+
+TERMINAL: Final = frozenset({Phase.FINISHED, Phase.STOPPED, Phase.FAILED})
+"""Phases after which nothing happens."""
+
+NEXT_PHASE: Final[dict[tuple[Phase, type[AnyEvent]], Phase]] = {
+    (Phase.EMPTY, RunStarted): Phase.STARTING,
+    (Phase.STARTING, TrainingStarted): Phase.TRAINING,
+    (Phase.STARTING, TrainingEnded): Phase.STOPPING,
+    (Phase.STARTING, RunFailed): Phase.STOPPING,
+    (Phase.TRAINING, TrainingEnded): Phase.STOPPING,
+    (Phase.TRAINING, RunFailed): Phase.STOPPING,
+    (Phase.STOPPING, EvaluationStarted): Phase.EVALUATING,
+    (Phase.EVALUATING, EvaluationFinished): Phase.STOPPING,
+    (Phase.EVALUATING, StopRequested): Phase.STOPPING,
+    (Phase.EVALUATING, RunFailed): Phase.STOPPING,
+}
+"""The legal moves; an event without an entry leaves the phase as it is. `RunFinished` names its own outcome."""
+
+
+class Status(StrEnum):
+    """Where one life of one child stands."""
+
+    SCHEDULED = "scheduled"
+    STARTED = "started"
+    READY = "ready"
+    STOPPING = "stopping"
+    EXITED = "exited"
+    ABANDONED = "abandoned"
+
+
+LIVE: Final = frozenset({Status.STARTED, Status.READY, Status.STOPPING})
+"""Statuses of a child that has a process."""
+
+
+class Child(msgspec.Struct, frozen=True, kw_only=True):
+    """One life of one child.
+
+    `since_s` is when the status began; `kill_at_s` has a meaning only while STOPPING, `start_at_s` only while
+    SCHEDULED. `policy` is what an evaluator is measuring.
+    """
+
+    status: Status
+    since_s: float
+    pid: int = 0
+    start_at_s: float = 0.0
+    attempt: int = 0
+    kill_at_s: float = 0.0
+    reason: str = ""
+    detail: str = ""
+    policy: str = ""
+
+
+class RunState(msgspec.Struct, frozen=True, kw_only=True):
+    """All that the supervisor decides from. A missing time is None."""
+
+    phase: Phase = Phase.EMPTY
+    started: RunStarted | None = None
+    children: dict[ChildId, Child] = {}
+    restarts_s: dict[tuple[Role, int], tuple[float, ...]] = {}
+    given_up: dict[tuple[Role, int], str] = {}
+    training_started_s: float | None = None
+    training_ended: TrainingEnded | None = None
+    stop: StopRequested | None = None
+    failure: str = ""
+    checkpoint: CheckpointReported | None = None
+    evaluations: dict[str, PolicyEvaluated] = {}
+    evaluated: bool = False
+    commands: dict[str, str] = {}
+    finished: RunFinished | None = None
+
+    def of_role(self, role: Role, *statuses: Status) -> dict[ChildId, Child]:
+        """The lives of one role that have one of the statuses (all lives if none is named)."""
+        return {
+            who: child
+            for who, child in self.children.items()
+            if who.role == role and (not statuses or child.status in statuses)
+        }
+
+    @property
+    def live(self) -> dict[ChildId, Child]:
+        """The lives that have a process."""
+        return {who: child for who, child in self.children.items() if child.status in LIVE}
+
+
+def apply(state: RunState, event: AnyEvent) -> RunState:  # noqa: C901, PLR0911, PLR0912 (a table, closed)
+    """Fold one event into the state. Total: no event is refused."""
+    moved = NEXT_PHASE.get((state.phase, type(event)))
+    if moved is not None:
+        state = msgspec.structs.replace(state, phase=moved)
+    if isinstance(event, ChildEvent):
+        return _apply_to_child(state, event)
+    match event:
+        case RunStarted():
+            return msgspec.structs.replace(state, started=event)
+        case TrainingStarted():
+            return msgspec.structs.replace(state, training_started_s=event.at_s)
+        case TrainingEnded():
+            return msgspec.structs.replace(state, training_ended=event)
+        case StopRequested():
+            return _stop_requested(state, event)
+        case CommandRefused():
+            return msgspec.structs.replace(state, commands={**state.commands, event.command_id: event.reason})
+        case CheckpointReported():
+            return msgspec.structs.replace(state, checkpoint=event)
+        case PolicyEvaluated():
+            return _policy_evaluated(state, event)
+        case EvaluationStarted():
+            return state
+        case EvaluationFinished():
+            return msgspec.structs.replace(state, evaluated=True)
+        case RunFailed():
+            return msgspec.structs.replace(state, failure=state.failure or event.reason)
+        case RunFinished():
+            return msgspec.structs.replace(state, phase=Phase(event.outcome), finished=event)
+        case _:
+            assert_never(event)
+
+
+def check(state: RunState) -> None:
+    """Say whether the state contradicts itself.
+
+    Raises:
+        InvariantViolation: Naming the invariant and the child that breaks it.
+    """
+    seen: dict[tuple[Role, int], ChildId] = {}
+    for who, child in state.children.items():
+        if child.status in LIVE and child.pid <= 0:
+            raise InvariantViolation(f"{who} is {child.status} without a process id")
+        if child.status in LIVE or child.status is Status.SCHEDULED:
+            other = seen.setdefault((who.role, who.index), who)
+            if other != who:
+                raise InvariantViolation(f"two lives of {who.name} at once: {other} and {who}")
+        if child.policy and child.status not in LIVE:
+            raise InvariantViolation(
+                f"{who} is {child.status} but still owes the evaluation of {child.policy!r}"
+            )
+    if state.phase in TERMINAL and state.live:
+        raise InvariantViolation(f"the run is {state.phase} but {sorted(state.live)} still have processes")
+    if state.phase is Phase.EVALUATING and state.of_role("learner", *LIVE):
+        raise InvariantViolation("evaluation began while the learner still has a process")
+    if (state.phase in TERMINAL) != (state.finished is not None):
+        raise InvariantViolation(f"phase {state.phase} does not agree with RunFinished: {state.finished}")
+
+
+def _apply_to_child(state: RunState, event: ChildEvent) -> RunState:
+    who = event.child
+    if isinstance(event, ChildGivenUp):
+        given_up = {**state.given_up, (who.role, who.index): event.reason}
+        return msgspec.structs.replace(state, given_up=given_up)
+    if isinstance(event, ChildScheduled):
+        return _scheduled(state, event)
+    child = state.children.get(who, Child(status=Status.SCHEDULED, since_s=event.at_s))
+    children = {**state.children, who: _next_child(child, event)}
+    return msgspec.structs.replace(state, children=children)
+
+
+def _next_child(child: Child, event: ChildEvent) -> Child:  # noqa: PLR0911 (a table)
+    replace = msgspec.structs.replace
+    match event:
+        case ChildStarted():
+            return replace(child, status=Status.STARTED, since_s=event.at_s, pid=event.pid)
+        case ChildReady():
+            return replace(child, status=Status.READY, since_s=event.at_s)
+        case ChildStopRequested():
+            kill_at_s = event.kill_at_s
+            if child.status is Status.STOPPING:
+                kill_at_s = min(kill_at_s, child.kill_at_s)
+            return replace(
+                child, status=Status.STOPPING, since_s=event.at_s, kill_at_s=kill_at_s, reason=event.reason
+            )
+        case ChildExited():
+            detail = f"{event.reason}: {event.detail}" if event.detail else str(event.reason)
+            return replace(child, status=Status.EXITED, since_s=event.at_s, detail=detail, policy="")
+        case ChildAbandoned():
+            return replace(child, status=Status.ABANDONED, since_s=event.at_s, policy="")
+        case EvaluationAssigned():
+            return replace(child, policy=event.policy)
+        case _:
+            return child
+
+
+def _scheduled(state: RunState, event: ChildScheduled) -> RunState:
+    """Earlier lives that have ended are forgotten here; what matters of them is in `restarts_s`.
+
+    `attempt` counts the restarts in the window with this one, so no more of their times are ever needed.
+    """
+    who = event.child
+    children = {
+        other: child
+        for other, child in state.children.items()
+        if (other.role, other.index) != (who.role, who.index)
+        or child.status in LIVE
+        or child.status is Status.SCHEDULED
+    }
+    children[who] = Child(
+        status=Status.SCHEDULED, since_s=event.at_s, start_at_s=event.start_at_s, attempt=event.attempt
+    )
+    restarts_s = state.restarts_s
+    if event.attempt > 0:
+        key = (who.role, who.index)
+        restarts_s = {**restarts_s, key: (*restarts_s.get(key, ()), event.at_s)[-event.attempt :]}
+    return msgspec.structs.replace(state, children=children, restarts_s=restarts_s)
+
+
+def _stop_requested(state: RunState, event: StopRequested) -> RunState:
+    commands = state.commands
+    if event.command_id:
+        commands = {**commands, event.command_id: ""}
+    return msgspec.structs.replace(state, stop=event, commands=commands)
+
+
+def _policy_evaluated(state: RunState, event: PolicyEvaluated) -> RunState:
+    children = {
+        who: msgspec.structs.replace(child, policy="") if child.policy == event.policy else child
+        for who, child in state.children.items()
+    }
+    evaluations = {**state.evaluations, event.policy: event}
+    return msgspec.structs.replace(state, children=children, evaluations=evaluations)
