@@ -246,6 +246,8 @@ class Server(_Socket):
         codec = Codec(run_id=run_id, accepts=accepts, frame_bytes_max=frame_bytes_max)
         super().__init__(zmq.ROUTER, codec, frame_bytes_max)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        # A peer that comes back before the loss of its old connection was noticed would be turned away without this.
+        self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
         try:
             self._socket.bind(endpoint)
         except zmq.ZMQError as error:
@@ -275,8 +277,8 @@ class Client(_Socket):
 
     Args:
         endpoint: Address of the server; nobody needs to listen there yet.
-        identity: Name under which the server knows this client, such as `actor-3-1`: ASCII, 1 to 255 bytes. Two
-            clients of one name are a contradiction; the server keeps the first.
+        identity: Name under which the server knows this client, such as `actor-3-1`: ASCII, 1 to 255 bytes. Of
+            two clients of one name the server knows the one that connected last.
         run_id: Messages of another run are refused.
         accepts: The kinds welcome here.
         frame_bytes_max: Limit of one message.

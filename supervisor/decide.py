@@ -14,7 +14,7 @@ the end.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Final, assert_never
 
 from esper_simic.config import SupervisorConfig
@@ -27,12 +27,10 @@ from supervisor.events import (
     CheckpointReported,
     ChildAbandoned,
     ChildExited,
-    ChildGivenUp,
     ChildGone,
     ChildId,
     ChildReady,
     ChildSaidReady,
-    ChildScheduled,
     ChildSpawned,
     ChildStarted,
     ChildStopRequested,
@@ -60,6 +58,7 @@ from supervisor.events import (
     TrainingEnded,
     TrainingStarted,
 )
+from supervisor.restarts import replace_the_fallen, schedule, why
 from supervisor.state import LIVE, TERMINAL, Child, Phase, RunState, Status, apply
 
 Events = tuple[AnyEvent, ...]
@@ -185,7 +184,7 @@ def _begin(state: RunState, observed: RunBegun, now_s: float, config: Supervisor
         evaluation_policies=observed.evaluation_policies,
     )
     children = [ChildId("learner", 0, 1), *(ChildId("actor", index, 1) for index in range(config.num_actors))]
-    return (started, *(_schedule(who, now_s, now_s, attempt=0) for who in children))
+    return (started, *(schedule(who, now_s, now_s, attempt=0) for who in children))
 
 
 def _spawned(state: RunState, observed: ChildSpawned, now_s: float) -> Events:
@@ -338,9 +337,9 @@ def _while_starting(state: RunState, now_s: float, config: SupervisorConfig) -> 
 def _while_training(state: RunState, now_s: float, config: SupervisorConfig) -> Events:
     for who, child in state.of_role("learner", Status.EXITED, Status.ABANDONED).items():
         return (
-            RunFailed(at_s=now_s, reason=f"{who.name} is gone ({_why(child)}) and nothing learns without it"),
+            RunFailed(at_s=now_s, reason=f"{who.name} is gone ({why(child)}) and nothing learns without it"),
         )
-    return _replace_the_fallen(state, "actor", now_s, config)
+    return replace_the_fallen(state, "actor", now_s, config)
 
 
 def _while_evaluating(state: RunState, now_s: float, config: SupervisorConfig) -> Events:
@@ -355,7 +354,7 @@ def _while_evaluating(state: RunState, now_s: float, config: SupervisorConfig) -
             )
             for who, policy in zip(sorted(idle), open_tasks, strict=False)
         )
-    return _replace_the_fallen(state, "evaluate", now_s, config)
+    return replace_the_fallen(state, "evaluate", now_s, config)
 
 
 def _while_stopping(state: RunState, now_s: float, config: SupervisorConfig) -> Events:
@@ -399,7 +398,7 @@ def _after_the_last_child(state: RunState, now_s: float) -> Events:
     if state.failure:
         return (RunFinished(at_s=now_s, exit_code=1, outcome="failed", reason=state.failure),)
     if state.training_started_s is not None and state.checkpoint is None:
-        last = "; ".join(f"{who.name} {_why(child)}" for who, child in state.of_role("learner").items())
+        last = "; ".join(f"{who.name} {why(child)}" for who, child in state.of_role("learner").items())
         if state.stop is not None and state.stop.urgent:
             reason = "killed on a second request, before the learner's checkpoint was reported"
             return (RunFinished(at_s=now_s, exit_code=1, outcome="stopped", reason=reason),)
@@ -414,48 +413,8 @@ def _after_the_last_child(state: RunState, now_s: float) -> Events:
     workers = min(state.started.evaluation_workers if state.started else 1, len(_open_tasks(state)))
     return (
         EvaluationStarted(at_s=now_s),
-        *(_schedule(ChildId("evaluate", index, 1), now_s, now_s, attempt=0) for index in range(workers)),
+        *(schedule(ChildId("evaluate", index, 1), now_s, now_s, attempt=0) for index in range(workers)),
     )
-
-
-# Restarts
-
-
-def _replace_the_fallen(state: RunState, role: Role, now_s: float, config: SupervisorConfig) -> Events:
-    """Schedule the next life of each child that is gone, or give it up; fail the run when none of its role is left."""
-    events: list[AnyEvent] = []
-    lives = state.of_role(role)
-    for who, child in sorted(lives.items()):
-        gone = child.status in (Status.EXITED, Status.ABANDONED) and _is_newest(who, lives)
-        if gone and (who.role, who.index) not in state.given_up:
-            events.append(_next_life(state, who, child, now_s, config))
-    if events:
-        return tuple(events)
-    if not any(child.status in LIVE or child.status is Status.SCHEDULED for child in lives.values()):
-        last = "; ".join(f"{who.name} {_why(child)}" for who, child in sorted(lives.items()))
-        return (RunFailed(at_s=now_s, reason=f"every {role} was given up; last seen: {last}"),)
-    return ()
-
-
-def _next_life(
-    state: RunState, who: ChildId, child: Child, now_s: float, config: SupervisorConfig
-) -> AnyEvent:
-    recent = [
-        at for at in state.restarts_s.get((who.role, who.index), ()) if now_s - at < config.restart_window_s
-    ]
-    if len(recent) >= config.max_restarts:
-        reason = f"{len(recent)} restarts within {config.restart_window_s:g} s; the last end: {_why(child)}"
-        return ChildGivenUp(
-            at_s=now_s, role=who.role, index=who.index, incarnation=who.incarnation, reason=reason
-        )
-    next_life = ChildId(who.role, who.index, who.incarnation + 1)
-    return _schedule(next_life, now_s, now_s + backoff_s(len(recent), config), attempt=len(recent) + 1)
-
-
-def backoff_s(restarts: int, config: SupervisorConfig) -> float:
-    """Delay before a restart that follows `restarts` others in the window: doubling, up to its bound, seconds."""
-    # The exponent is bounded so that a huge max_restarts cannot overflow a float.
-    return min(config.restart_backoff_max_s, config.restart_backoff_s * 2.0 ** min(restarts, 60))
 
 
 # Small words
@@ -471,32 +430,11 @@ def _is(state: RunState, who: ChildId, *statuses: Status) -> bool:
     return child is not None and child.status in statuses
 
 
-def _is_newest(who: ChildId, lives: Iterable[ChildId]) -> bool:
-    return all(who.incarnation >= other.incarnation for other in lives if other.index == who.index)
-
-
 def _open_tasks(state: RunState) -> list[str]:
     """Policies neither measured nor in an evaluator's hands, in the order given at the start."""
     policies = state.started.evaluation_policies if state.started else ()
     taken = {child.policy for child in state.children.values()}
     return [policy for policy in policies if policy not in state.evaluations and policy not in taken]
-
-
-def _why(child: Child) -> str:
-    if child.status is Status.ABANDONED:
-        return f"process {child.pid} could not be killed"
-    return child.detail or str(child.status)
-
-
-def _schedule(who: ChildId, now_s: float, start_at_s: float, *, attempt: int) -> ChildScheduled:
-    return ChildScheduled(
-        at_s=now_s,
-        role=who.role,
-        index=who.index,
-        incarnation=who.incarnation,
-        start_at_s=start_at_s,
-        attempt=attempt,
-    )
 
 
 def _ask(who: ChildId, now_s: float, *, reason: str, kill_at_s: float) -> ChildStopRequested:

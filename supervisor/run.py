@@ -32,7 +32,6 @@ from supervisor.events import (
     AnyEffect,
     AnyInput,
     AskStop,
-    CheckpointReported,
     ChildGone,
     ChildId,
     ChildSaidReady,
@@ -42,8 +41,6 @@ from supervisor.events import (
     EvaluationHeard,
     KillChild,
     LearnerReported,
-    Outcome,
-    PolicyEvaluated,
     ProgressHeard,
     Role,
     RunBegun,
@@ -51,11 +48,11 @@ from supervisor.events import (
     SignalReceived,
     StartChild,
     Tick,
-    from_journal,
 )
-from supervisor.journal import Journal, read
+from supervisor.journal import Journal
 from supervisor.memory import resident_bytes
 from supervisor.notify import Notifier
+from supervisor.outcome import RunOutcome, fold_journal, outcome_of
 from supervisor.processes import LocalPlacement, Placement, Spawned
 from supervisor.protocol import (
     ACCEPTS,
@@ -96,17 +93,6 @@ PATIENCE_INTERVAL_S: Final = 5.0
 """How often the service manager is asked for patience; each time for six times as long."""
 
 Observer = Callable[[Snapshot], None]
-
-
-class RunOutcome(msgspec.Struct, frozen=True, kw_only=True):
-    """How a run ended, and what it has to show."""
-
-    run_id: str
-    exit_code: int
-    outcome: Outcome
-    reason: str
-    evaluations: dict[str, PolicyEvaluated]
-    checkpoint: CheckpointReported | None
 
 
 class RunFacts(msgspec.Struct, frozen=True, kw_only=True):
@@ -178,38 +164,6 @@ def run(
             )
         )
         return supervisor.run(facts)
-
-
-def fold_journal(run_dir: Path) -> RunState:
-    """Give the state that a run's supervisor journal tells of; the empty one when there is no journal yet.
-
-    Raises:
-        ContractError: The journal is damaged or from another program.
-    """
-    state = RunState()
-    directory = run_dir / "journal" / "supervisor"
-    if directory.is_dir():
-        for record in read(directory):
-            state = apply(state, from_journal(record.kind, record.header))
-    return state
-
-
-def outcome_of(state: RunState) -> RunOutcome:
-    """Give the outcome of a state whose run is over.
-
-    Raises:
-        UnavailableError: It is not over.
-    """
-    if state.finished is None:
-        raise UnavailableError(f"the run is not over: {state.phase}")
-    return RunOutcome(
-        run_id=state.started.run_id if state.started else "",
-        exit_code=state.finished.exit_code,
-        outcome=state.finished.outcome,
-        reason=state.finished.reason,
-        evaluations=state.evaluations,
-        checkpoint=state.checkpoint,
-    )
 
 
 class Supervisor:

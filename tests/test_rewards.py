@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
@@ -73,7 +74,7 @@ def test_discounted_shaping_telescopes_to_nothing(path, gamma):
     states = [((SeedStage.DORMANT, SeedStage.DORMANT), (0, 0))]
     states += [((a, b), (m, n)) for a, m, b, n in path]
     total = 0.0
-    for t, (before, after) in enumerate(zip(states[:-1], states[1:], strict=True)):
+    for t, (before, after) in enumerate(itertools.pairwise(states)):
         step = outcome(
             stage_before=[before[0]],
             epochs_before=[before[1]],

@@ -98,11 +98,13 @@ class ParameterBank:
         ]
         self.running_variances = [torch.ones_like(mean) for mean in self.running_means]
         self.layers = len(spec.blocks) + 1
-        counts = (*spec.layer_parameter_counts, *widths)
-        segment = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts)).to(device)
-        self._segments = torch.nn.functional.one_hot(segment, len(counts)).to(dtype)
-        self._unit = torch.clamp(segment - self.layers + 1, min=0)
-        self._rates = torch.where(self._unit == 0, config.host_lr, config.seed_lr).to(dtype)
+        self._segments = [*spec.layer_parameter_counts, *widths]
+        unit = [0] * spec.parameter_count + [
+            1 + slot for slot, width in enumerate(widths) for _ in range(width)
+        ]
+        self._unit = torch.tensor(unit, device=device)
+        rates = torch.tensor([config.host_lr] + [config.seed_lr] * len(widths), dtype=dtype, device=device)
+        self._rates = rates[self._unit]
         self._decay = config.momentum
         self._norm_limit = config.max_grad_norm
 
@@ -138,7 +140,9 @@ class ParameterBank:
 
     def squared_norms(self, values: Tensor) -> Tensor:
         """Squared norm of each host layer and each slot: `[E, P]` gives `[E, layers + S]`."""
-        return (values * values) @ self._segments
+        # Sums of slices, not a product with indicators: there one NaN would reach every segment of its lane.
+        squares = torch.split(values * values, self._segments, dim=1)
+        return torch.stack([part.sum(1) for part in squares], dim=1)
 
     def step(self) -> Tensor:
         """One step of the optimiser along `gradients`.

@@ -12,7 +12,10 @@ from esper_simic.actions import head_sizes
 from esper_simic.config import EnvironmentConfig
 from esper_simic.errors import ConfigError
 from esper_simic.graphs import ObservationSpec
+from esper_simic.growing_host.hosts import build_host
+from esper_simic.growing_host.observation import observation_spec
 from esper_simic.growing_host.slots import NO_BLUEPRINT
+from esper_simic.growing_host.tasks import load_task
 
 FEATURE_BOUND: Final = 16.0
 """No feature can exceed it: the largest are `symlog(x) / 7`, below 12.7 for any float32."""
@@ -32,6 +35,11 @@ def observation_space(spec: ObservationSpec) -> spaces.Dict:
         low, high = bounds.get(key, (-FEATURE_BOUND, FEATURE_BOUND))
         boxes[key] = spaces.Box(low, high, shape, dtype=np.dtype(dtype).type)
     return spaces.Dict(boxes)
+
+
+def observation_spec_of(config: EnvironmentConfig) -> ObservationSpec:
+    """Shapes of the observations that an environment of this configuration gives."""
+    return observation_spec(build_host(config.host, load_task(config.task)), len(config.slots))
 
 
 def action_space(slots: int, lanes: int | None = None) -> spaces.MultiDiscrete:

@@ -105,7 +105,9 @@ class Validator:
             loss = torch.zeros(len(every), dtype=self._bank.parameters.dtype, device=device)
             for images, labels in self._chunks:
                 logits = _logits(images, whole)
-                correct += (logits.argmax(1) == labels).sum(1)
+                # Right where no class scores as high as the label's own; argmax is a dozen times slower here.
+                own = logits.gather(1, labels.expand(len(logits), 1, -1))
+                correct += ((logits >= own).sum(1) == 1).sum(1)
                 own_labels = labels.expand(len(every), -1)
                 loss += torch_functional.cross_entropy(
                     logits[: len(every)], own_labels, reduction="none"

@@ -294,9 +294,8 @@ class SegmentCursor:
             except _UnreadableError as unreadable:
                 self._refresh()
                 if self._size != suspect_size:
-                    suspect_size = (
-                        self._size
-                    )  # it may have been half-written: judge only what stays unreadable
+                    # It may have been half-written just then: read it again, and judge only what stays unreadable.
+                    suspect_size = self._size
                     continue
                 self._judge(str(unreadable), is_closed=is_closed)
                 return None

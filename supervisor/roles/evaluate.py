@@ -11,7 +11,7 @@ import torch
 from esper_simic import seeding
 from esper_simic.config import Config, parse
 from esper_simic.evaluation import LEARNED, PolicyOutcome, evaluate, held_out_seeds
-from esper_simic.growing_host.observation import observation_spec
+from esper_simic.growing_host.spaces import observation_spec_of
 from esper_simic.policies.graph_policy import GraphPolicy
 from supervisor import checkpoints
 from supervisor.child import ChildSpec
@@ -68,7 +68,7 @@ def load_policy(config: Config, checkpoint: Path) -> GraphPolicy:
     _, files = checkpoints.load(checkpoint)
     tensors = safetensors.torch.load(files["state.safetensors"])
     policy = GraphPolicy(
-        observation_spec(config.environment), config.simic_trainer, seeding.generator(config.simic_trainer.seed, "policy")
+        observation_spec_of(config.environment), config.simic_trainer, seeding.generator(config.simic_trainer.seed, "policy")
     )
     policy.load_state_dict(
         {name.removeprefix(POLICY_PREFIX): value for name, value in tensors.items() if name.startswith(POLICY_PREFIX)}

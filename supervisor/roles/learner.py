@@ -20,7 +20,7 @@ from esper_simic.config import Config, parse
 from esper_simic.errors import BudgetExceeded, ContractError, UnavailableError
 from esper_simic.events import CheckpointSaved, ExperienceAdmitted, ExperienceRefused, LearnerStepped, RunStarted
 from esper_simic.fingerprint import fingerprint
-from esper_simic.growing_host.observation import observation_spec
+from esper_simic.growing_host.spaces import observation_spec_of
 from esper_simic.learner import Learner, StepReport
 from esper_simic.trajectory import Trajectory, decode
 from supervisor import checkpoints
@@ -53,7 +53,7 @@ class LearnerLoop:
     def __init__(self, spec: ChildSpec, config: Config, journal: Journal, server: Server) -> None:
         self._spec, self._config = spec, config
         self._journal, self._server = journal, server
-        self._learner = Learner(config, observation_spec(config.environment), rank=spec.who.index)
+        self._learner = Learner(config, observation_spec_of(config.environment), rank=spec.who.index)
         self._owed: deque[tuple[int, Callable[[], None]]] = deque()
         self._published: tuple[int, bytes] = (0, self._learner.weights())
         self._senders: dict[int, str] = {}
@@ -177,7 +177,7 @@ class LearnerLoop:
 
     def pay(self) -> None:
         """Pay every debt whose ground is durable."""
-        durable = self._journal.durable_position
+        durable = self._journal.poll_durable()
         while self._owed and self._owed[0][0] < durable:
             self._owed.popleft()[1]()
 
@@ -297,7 +297,6 @@ def _learn(loop: LearnerLoop, journal: Journal, server: Server, control: Control
     while control.stop_requested() is None:
         can_step = loop.learner.can_step()
         poller.wait(0 if can_step else WAIT_MS)
-        journal.clear_durable_fd()
         loop.take_messages()
         loop.pay()
         if loop.learner.can_step():

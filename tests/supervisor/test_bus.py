@@ -84,6 +84,20 @@ def test_the_client_may_come_before_its_server(endpoint: str) -> None:
             assert isinstance(await_message(server), Received)
 
 
+def test_a_peer_that_comes_back_under_its_name_is_the_one_that_is_answered(endpoint: str) -> None:
+    with serve(endpoint) as server:
+        first = connect(endpoint)
+        first.send(READY)
+        await_message(server)
+        with connect(endpoint) as second:
+            second.send(READY)
+            heard = await_message(server)
+            server.send(heard.peer, Noted(of="Ready"))
+            assert isinstance(second.receive(WAIT_MS), Received)
+            assert first.receive() is None
+        first.close()
+
+
 def test_messages_of_one_peer_keep_their_order(endpoint: str) -> None:
     with serve(endpoint) as server, connect(endpoint) as client:
         for work in range(100):

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from esper_simic.config import SupervisorConfig
-from supervisor.decide import KILL_CONFIRM_S, STACK_DUMP_S, backoff_s, decide, plan
+from supervisor.decide import KILL_CONFIRM_S, STACK_DUMP_S, decide, plan
 from supervisor.events import (
+    AnyEffect,
+    AnyEvent,
     AnyInput,
     AskStop,
     ChildGone,
@@ -31,6 +31,7 @@ from supervisor.events import (
     StartChild,
     Tick,
 )
+from supervisor.restarts import backoff_s
 from supervisor.state import Phase, RunState, Status, apply, check
 from tests.supervisor.worlds import LEARNER, POLICIES, World, actor, begun, evaluator, pid_of
 
@@ -40,12 +41,16 @@ def outcome(world: World) -> RunFinished:
     return world.state.finished
 
 
+def phase(world: World) -> Phase:
+    return world.state.phase
+
+
 # A run from its beginning to its end
 
 
 def test_a_whole_run_goes_through_its_phases_in_order() -> None:
     world = World(max_seconds=100)
-    assert world.state.phase is Phase.STARTING
+    assert phase(world) is Phase.STARTING
     assert [effect.child for effect in world.owed()] == [actor(0), actor(1), LEARNER]
 
     world.spawn()
@@ -63,7 +68,7 @@ def test_a_whole_run_goes_through_its_phases_in_order() -> None:
 
     assert world.report_checkpoint() == ["CheckpointReported"]
     assert world.gone(LEARNER) == ["ChildExited", "EvaluationStarted", "ChildScheduled", "ChildScheduled"]
-    assert world.state.phase is Phase.EVALUATING
+    assert phase(world) is Phase.EVALUATING
     world.spawn()
     assert world.ready(evaluator(0)) == ["ChildReady", "EvaluationAssigned"]
     world.ready(evaluator(1))
@@ -398,7 +403,8 @@ CONFIG = SupervisorConfig(num_actors=2, max_seconds=300, max_steps=1500, max_res
 def test_whatever_is_observed_the_state_stays_true_and_the_fold_is_determined(
     steps: list[tuple[AnyInput, float]],
 ) -> None:
-    state, now_s, journal = RunState(), 0.0, []
+    state, now_s = RunState(), 0.0
+    journal: list[AnyEvent] = []
     for observed, delay_s in [(begun(), 0.0), *steps]:
         now_s += delay_s
         events = decide(state, observed, now_s, CONFIG)
@@ -432,7 +438,7 @@ def test_effects_carried_out_are_no_longer_owed(steps: list[tuple[AnyInput, floa
     assert len(names) == len(set(names))
 
 
-def _obey(world: World, effect: Any) -> None:
+def _obey(world: World, effect: AnyEffect) -> None:
     match effect:
         case StartChild():
             world.tell(ChildSpawned(child=effect.child, pid=_pid(effect.child)))

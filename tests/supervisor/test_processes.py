@@ -261,7 +261,10 @@ SUPERVISOR_SCRIPT = textwrap.dedent(
     run_dir, endpoint, main = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
     placement = LocalPlacement(run_dir, {"learner": main, "actor": main})
     for who in (ChildId("learner", 0, 1), ChildId("actor", 0, 1), ChildId("actor", 1, 1)):
-        placement.start(ChildSpec(who=who, run_id="run-1", run_dir=str(run_dir), endpoints={"control": endpoint}, config_text=""))
+        spec = ChildSpec(
+            who=who, run_id="run-1", run_dir=str(run_dir), endpoints={"control": endpoint}, config_text=""
+        )
+        placement.start(spec)
     while True:
         placement.collect()
         time.sleep(0.05)

@@ -23,8 +23,9 @@ from supervisor import files
 from supervisor.bus import Client, Received
 from supervisor.clock import SystemClock
 from supervisor.journal import read
+from supervisor.outcome import RunOutcome, fold_journal
 from supervisor.protocol import ACCEPTS, Command, CommandReply, Message, StatusReply, StatusRequest
-from supervisor.run import Observer, RunFacts, RunOutcome, fold_journal, run
+from supervisor.run import Observer, RunFacts, run
 from supervisor.state import Phase
 from supervisor.vitals import Snapshot
 
@@ -130,21 +131,27 @@ def test_a_killed_actor_is_restarted_and_the_run_goes_on(tmp_path: Path) -> None
 
 
 def test_an_actor_that_always_dies_fails_the_run_with_its_last_words(tmp_path: Path) -> None:
-    outcome = train(tmp_path, roles={"actor": f"{CHILDREN}:die"}, max_restarts=1, num_actors=1)
+    outcome = train(
+        tmp_path, roles={"actor": f"{CHILDREN}:die"}, max_restarts=1, num_actors=1, max_seconds=30
+    )
     assert outcome.exit_code == 1
     assert "the disk is a teapot" in outcome.reason
     assert len(events(tmp_path, "ChildStarted")) == 3, "the learner, the actor and its one restart"
 
 
 def test_a_dead_learner_fails_the_run_and_names_its_log(tmp_path: Path) -> None:
-    outcome = train(tmp_path, roles={"learner": f"{CHILDREN}:die"})
+    outcome = train(tmp_path, roles={"learner": f"{CHILDREN}:die"}, max_seconds=30)
     assert outcome.exit_code == 1
     assert "logs/learner-0.log" in outcome.reason
 
 
 def test_a_child_that_is_alive_but_does_nothing_leaves_its_stacks_and_is_replaced(tmp_path: Path) -> None:
     outcome = train(
-        tmp_path, roles={"actor": f"{CHILDREN}:hang_in_a_named_place"}, progress_timeout_s=0.5, max_restarts=0
+        tmp_path,
+        roles={"actor": f"{CHILDREN}:hang_in_a_named_place"},
+        progress_timeout_s=0.5,
+        max_restarts=0,
+        max_seconds=30,
     )
     assert outcome.exit_code == 1
     asked = events(tmp_path, "ChildStopRequested")

@@ -42,7 +42,7 @@ def values_of(hint: object) -> st.SearchStrategy[object]:
         dict[str, float]: st.dictionaries(st.text(max_size=3), FLOATS, max_size=2),
         dict[str, Any]: st.dictionaries(st.text(max_size=3), st.integers(), max_size=2),
     }
-    return of_type.get(hint) or st.from_type(hint)  # type: ignore[arg-type]
+    return of_type[hint] if hint in of_type else st.from_type(hint)  # type: ignore[arg-type]
 
 
 def any_of(kind: type[AnyEvent]) -> st.SearchStrategy[AnyEvent]:

@@ -1,0 +1,183 @@
+"""Scripted controllers: what they do, and that they only do what is legal."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from esper_simic.actions import BLUEPRINT, BLUEPRINTS, HEADS, OP, SLOT, MaskLayout, Op
+from esper_simic.config import EnvironmentConfig
+from esper_simic.growing_host.controllers import (
+    HeuristicController,
+    NeverGrow,
+    PatientController,
+    RandomController,
+    sample,
+)
+from esper_simic.growing_host.vector import GrowingHostVectorEnv
+from esper_simic.lifecycle import SeedStage
+
+LANES = 4
+CONFIG = EnvironmentConfig(max_epochs=40, training_epochs_min=2, validation_samples=100)
+
+
+def controllers():
+    return [NeverGrow(), RandomController(), PatientController(), HeuristicController(LANES)]
+
+
+def play(controller, epochs, config=CONFIG):
+    env = GrowingHostVectorEnv(LANES, config)
+    rng = np.random.default_rng(0)
+    env.reset(seed=3, options={"stagger": False})
+    controller.reset(np.ones(LANES, dtype=np.bool_))
+    for _ in range(epochs):
+        view = env.view()
+        actions = controller.act(view, rng.random((LANES, len(HEADS))))
+        *_, infos = env.step(actions)
+        yield view, actions, infos
+
+
+@pytest.mark.parametrize("controller", controllers(), ids=lambda c: type(c).__name__)
+@pytest.mark.parametrize("blueprints", [CONFIG.blueprints, ("norm", "attention")])
+def test_only_legal_actions(controller, blueprints):
+    config = CONFIG.model_copy(update={"blueprints": blueprints})
+    for _, _, infos in play(controller, 25, config):
+        assert infos["action_succeeded"].all()
+
+
+def test_never_grow_waits():
+    assert all((actions[:, OP] == Op.WAIT).all() for _, actions, _ in play(NeverGrow(), 3))
+
+
+def test_random_is_uniform_over_what_is_legal():
+    view = next(play(NeverGrow(), 1))[0]
+    everyone = {
+        field.name: np.repeat(getattr(view, field.name)[:1], 3000, axis=0)
+        for field in dataclasses.fields(view)
+    }
+    many = dataclasses.replace(view, **everyone)
+    actions = RandomController().act(many, np.random.default_rng(0).random((3000, len(HEADS))))
+    for column, choices in ((OP, [Op.WAIT, Op.GERMINATE]), (SLOT, [0, 1, 2]), (BLUEPRINT, [1, 2, 3, 4, 7])):
+        counts = np.bincount(actions[:, column], minlength=13)
+        assert np.flatnonzero(counts).tolist() == choices
+        assert counts[choices] == pytest.approx(3000 / len(choices), rel=0.15)
+
+
+@pytest.mark.parametrize(("u", "choice"), [(0.0, 1), (0.49, 1), (0.5, 3), (1 - 1e-12, 3)])
+def test_sample_is_the_inverse_distribution_function(u, choice):
+    assert sample(np.array([[False, True, False, True]]), np.array([u])).tolist() == [choice]
+
+
+def test_patient_germinates_in_order_and_keeps_after_five_epochs():
+    slots, fossilised = [], []
+    for view, actions, _ in play(PatientController(), 35):
+        if actions[0, OP] == Op.GERMINATE:
+            slots.append(int(actions[0, SLOT]))
+            assert actions[0, BLUEPRINT] == BLUEPRINTS.index("conv_light")
+        if actions[0, OP] == Op.FOSSILIZE:
+            fossilised.append(int(view.epochs_in_stage[0, actions[0, SLOT]]))
+    assert slots == [0, 1, 2]
+    assert len(fossilised) == 3
+    assert all(epochs >= 5 for epochs in fossilised)
+
+
+def quiet_view(**changes):
+    """A plateau: nothing planted, everything legal that the stages allow."""
+    view = next(play(NeverGrow(), 1))[0]
+    flat = np.full(view.accuracy.shape, 20.0)
+    return dataclasses.replace(view, accuracy=flat, loss=flat / 10, epoch=np.full(LANES, 9), **changes)
+
+
+def act(controller, view):
+    return controller.act(view, np.zeros((LANES, len(HEADS))))
+
+
+def test_heuristic_germinates_on_a_plateau_and_rotates():
+    controller, view = HeuristicController(LANES), quiet_view()
+    chosen = [BLUEPRINTS[act(controller, view)[0, BLUEPRINT]] for _ in range(6)]
+    assert chosen == ["conv_light", "conv_heavy", "attention", "norm", "depthwise", "conv_light"]
+
+
+@pytest.mark.parametrize(
+    "why",
+    ["too early", "accuracy rises", "loss falls", "history too short"],
+)
+def test_heuristic_waits_while_the_host_learns(why):
+    view = quiet_view()
+    match why:
+        case "too early":
+            view = dataclasses.replace(view, epoch=np.full(LANES, 4))
+        case "accuracy rises":
+            view = dataclasses.replace(view, accuracy=view.accuracy + np.arange(10))
+        case "loss falls":
+            view = dataclasses.replace(view, loss=2.0 * 0.9 ** np.arange(10) + np.zeros((LANES, 1)))
+        case "history too short":
+            short = view.accuracy.copy()
+            short[:, :-3] = np.nan
+            view = dataclasses.replace(view, accuracy=short)
+    assert (act(HeuristicController(LANES), view)[:, OP] == Op.WAIT).all()
+
+
+def holding(contribution, *, epochs=1, at_germination=20.0):
+    """A seed in HOLDING in slot 1 of every lane; FOSSILIZE and PRUNE are legal there."""
+    view = quiet_view()
+    stage = np.full((LANES, 3), SeedStage.DORMANT, dtype=np.int8)
+    stage[:, 1] = SeedStage.HOLDING
+    mask = np.zeros_like(view.mask)
+    table = np.zeros((LANES, len(Op), 3), dtype=np.int8)
+    table[:, Op.WAIT] = table[:, Op.FOSSILIZE, 1:2] = table[:, Op.PRUNE, 1:2] = 1
+    layout = MaskLayout(3)
+    mask[:] = view.mask
+    mask[:, layout.op_slot] = table.reshape(LANES, -1)
+    mask[:, layout.op] = table.any(axis=2)
+    filled = np.zeros((LANES, 3))
+    kind = np.full((LANES, 3), len(BLUEPRINTS))
+    kind[:, 1] = BLUEPRINTS.index("conv_light")
+    return dataclasses.replace(
+        view,
+        stage=stage,
+        mask=mask,
+        contribution=filled + contribution,
+        epochs_in_stage=filled.astype(np.int64) + epochs,
+        accuracy_at_germination=filled + at_germination,
+        blueprint=kind,
+    )
+
+
+@pytest.mark.parametrize(
+    ("view", "op"),
+    [
+        (holding(0.6), Op.FOSSILIZE),
+        (holding(0.5), Op.WAIT),
+        (holding(0.5, epochs=5), Op.PRUNE),
+        (holding(0.6, at_germination=22.5), Op.PRUNE),
+        (holding(np.nan, epochs=4), Op.WAIT),
+    ],
+)
+def test_heuristic_keeps_what_contributes_and_prunes_what_does_not(view, op):
+    actions = act(HeuristicController(LANES), view)
+    assert (actions[:, OP] == op).all()
+    if op != Op.WAIT:
+        assert (actions[:, SLOT] == 1).all()
+
+
+def test_heuristic_remembers_prunes_for_a_while():
+    controller = HeuristicController(LANES)
+    act(controller, holding(0.0, epochs=5))
+    waits = [int(act(controller, quiet_view())[0, OP]) for _ in range(6)]
+    assert waits == [Op.WAIT] * 5 + [Op.GERMINATE]
+
+
+def test_heuristic_skips_a_blueprint_that_was_pruned_often():
+    controller = HeuristicController(LANES)
+    for _ in range(4):
+        act(controller, holding(0.0, epochs=5))
+    controller._epochs_since_prune[:] = 99
+    assert controller._penalty[0, 0] > 3
+    controller._penalty *= 2  # the next act halves it
+    assert BLUEPRINTS[act(controller, quiet_view())[0, BLUEPRINT]] == "conv_heavy"
+    controller.reset(np.arange(LANES) == 0)
+    controller._epochs_since_prune[:] = 99
+    assert BLUEPRINTS[act(controller, quiet_view())[0, BLUEPRINT]] == "conv_light"
