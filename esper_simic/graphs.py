@@ -36,7 +36,7 @@ class ObservationSpec:
     | key | shape | dtype | meaning |
     |---|---|---|---|
     | `host_nodes` | `[host_nodes, host_features]` | float32 | features of host layers |
-    | `host_mask` | `[host_nodes]` | int8 | 1 where a host layer exists; existing layers come first, in data-flow order |
+    | `host_mask` | `[host_nodes]` | int8 | 1 where a layer exists; existing ones come first, in data-flow order |
     | `slot_nodes` | `[slots, slot_features]` | float32 | features of slots; an empty slot is all zero |
     | `slot_mask` | `[slots]` | int8 | 1 where the slot exists |
     | `slot_host` | `[slots]` | int64 | index of the host layer a slot is attached to |

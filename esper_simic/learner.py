@@ -69,8 +69,12 @@ class Learner:
             config.experience_buffer.capacity, spec, trainer.unroll_length, self.policy.state_size
         )
         self._optimizers = {
-            "policy": torch.optim.Adam(self.policy.policy_parameters(), lr=trainer.effective_policy_lr, fused=True),
-            "value": torch.optim.Adam(self.policy.value_parameters(), lr=trainer.effective_value_lr, fused=True),
+            "policy": torch.optim.Adam(
+                self.policy.policy_parameters(), lr=trainer.effective_policy_lr, fused=True
+            ),
+            "value": torch.optim.Adam(
+                self.policy.value_parameters(), lr=trainer.effective_value_lr, fused=True
+            ),
         }
         self.learning_rates = UnifiedLRController()
         for name, optimizer, policy, base in (
@@ -110,7 +114,9 @@ class Learner:
             Positions of the unrolls that are now wholly consumed.
         """
         if trajectory.length != self._config.simic_trainer.unroll_length:
-            raise InvariantViolation(f"an admitted unroll has {trajectory.length} steps; decoding must refuse it")
+            raise InvariantViolation(
+                f"an admitted unroll has {trajectory.length} steps; decoding must refuse it"
+            )
         serials = self.buffer.insert(trajectory, event.policy_version, position)
         self._unconsumed.append((position, serials.stop))
         self.reward_scale.update(event.actor, event.incarnation, trajectory.rewards, trajectory.ended)
@@ -145,7 +151,9 @@ class Learner:
         loss.total.backward()  # type: ignore[no-untyped-call]
         grad_norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), trainer.max_grad_norm)
         if not torch.isfinite(grad_norm) or not torch.isfinite(loss.total):
-            raise InvariantViolation(f"step {self.steps_done + 1}: loss {loss.total}, gradient norm {grad_norm}")
+            raise InvariantViolation(
+                f"step {self.steps_done + 1}: loss {loss.total}, gradient norm {grad_norm}"
+            )
         for name in self._optimizers:
             self.learning_rates.step(name)
         self.steps_done += 1
@@ -236,7 +244,9 @@ class Learner:
                 "episodic_return": float(np.mean([episode.episode_return for episode in self._episodes])),
                 "episodic_length": float(np.mean([episode.length for episode in self._episodes])),
                 "episodic_accuracy": float(np.mean([episode.accuracy for episode in self._episodes])),
-                "episodic_parameters": float(np.mean([episode.parameters_added for episode in self._episodes])),
+                "episodic_parameters": float(
+                    np.mean([episode.parameters_added for episode in self._episodes])
+                ),
             }
         return metrics
 
@@ -244,14 +254,18 @@ class Learner:
 
     def weights(self) -> bytes:
         """The policy (parameters and normaliser) as safetensors bytes, for actors."""
-        return safetensors.torch.save({name: tensor.contiguous() for name, tensor in self.policy.state_dict().items()})
+        return safetensors.torch.save(
+            {name: tensor.contiguous() for name, tensor in self.policy.state_dict().items()}
+        )
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Every tensor of the state, by name: `policy.…` and `optimizer.<name>.<index>.…`."""
         named = {f"policy.{name}": tensor.detach() for name, tensor in self.policy.state_dict().items()}
         for name, optimizer in self._optimizers.items():
             for index, state in optimizer.state_dict()["state"].items():
-                named |= {f"optimizer.{name}.{index}.{field}": value for field, value in sorted(state.items())}
+                named |= {
+                    f"optimizer.{name}.{index}.{field}": value for field, value in sorted(state.items())
+                }
         return named
 
     def state_numbers(self) -> dict[str, Any]:

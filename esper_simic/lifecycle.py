@@ -169,16 +169,15 @@ def gate_g3(alpha: Floats, alpha_target: Floats, ramping: Bools) -> Bools:
     return (alpha_target >= 1.0) & (alpha >= alpha_target) & ~ramping
 
 
-def gate_g5(
-    contribution: Floats, gradient_health: Floats, exploding: Bools, *, gradient_health_min: float
-) -> Bools:
-    """Before FOSSILIZED: a counterfactual contribution was measured and the seed is healthy.
+def gate_g5(contribution: Floats, gradient_health: Floats, exploding: Bools) -> Bools:
+    """Before FOSSILIZED: a counterfactual contribution was measured, and the seed's gradients did not explode.
+
+    A gradient that vanishes is no ill health here: a later slot whose seed is blended in wholly cuts the seeds in front
+    of it off from the loss, and they may be worth keeping all the same.
 
     Args:
         contribution: `[...]` accuracy points the seed is worth; NaN where never measured, which closes the gate.
-        gradient_health: `[...]` in [0, 1]; NaN where never measured.
+        gradient_health: `[...]` in [0, 1]; NaN where never measured, which closes the gate.
         exploding: `[...]` true where a gradient of the last epoch exploded.
-        gradient_health_min: Health the seed must have, in [0, 1].
     """
-    healthy = np.nan_to_num(gradient_health, nan=-1.0) >= gradient_health_min
-    return np.isfinite(contribution) & healthy & ~exploding
+    return np.isfinite(contribution) & np.isfinite(gradient_health) & ~exploding

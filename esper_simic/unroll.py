@@ -75,7 +75,9 @@ class UnrollCarry:
     episode_numbers: Array
 
 
-def begin(policy: GraphPolicy, observation: Mapping[str, Array], lane_seeds: Sequence[int], first: Array) -> UnrollCarry:
+def begin(
+    policy: GraphPolicy, observation: Mapping[str, Array], lane_seeds: Sequence[int], first: Array
+) -> UnrollCarry:
     """The carry of lanes that were just reset into the episodes numbered `first`."""
     lanes = len(lane_seeds)
     return UnrollCarry(
@@ -87,7 +89,9 @@ def begin(policy: GraphPolicy, observation: Mapping[str, Array], lane_seeds: Seq
     )
 
 
-def unroll(policy: GraphPolicy, lanes: Lanes, carry: UnrollCarry, length: int) -> tuple[Trajectory, list[EpisodeFinished]]:
+def unroll(
+    policy: GraphPolicy, lanes: Lanes, carry: UnrollCarry, length: int
+) -> tuple[Trajectory, list[EpisodeFinished]]:
     """Step every lane `length` times; `carry` is moved on in place.
 
     Args:
@@ -154,7 +158,9 @@ def _cut_values(policy: GraphPolicy, state: Tensor, truncated: Array, infos: Map
     return torch.where(torch.from_numpy(truncated.copy()), decision.values, values)
 
 
-def _outcomes(carry: UnrollCarry, lanes: Array, truncated: Array, infos: Mapping[str, Any]) -> list[EpisodeFinished]:
+def _outcomes(
+    carry: UnrollCarry, lanes: Array, truncated: Array, infos: Mapping[str, Any]
+) -> list[EpisodeFinished]:
     """Outcomes of the episodes that just ended; moves those lanes' chance on to their next episode."""
     episode = infos["episode"]
     finished = []

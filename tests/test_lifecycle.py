@@ -147,16 +147,14 @@ def test_g3(alpha, target, ramping, opens):
     [
         (0.0, 0.7, False, True),
         (-3.0, 0.7, False, True),  # the permissive gate asks that it was measured, not what it was
+        (5.0, 0.0, False, True),  # cut off by a later seed that is blended in wholly
         (np.nan, 1.0, False, False),
-        (5.0, 0.5, False, False),
+        (5.0, np.nan, False, False),
         (5.0, 1.0, True, False),
     ],
 )
 def test_g5(contribution, health, exploding, opens):
-    gate = gate_g5(
-        np.array([contribution]), np.array([health]), np.array([exploding]), gradient_health_min=0.7
-    )
-    assert gate.tolist() == [opens]
+    assert gate_g5(np.array([contribution]), np.array([health]), np.array([exploding])).tolist() == [opens]
 
 
 def test_importing_the_package_and_the_lifecycle_loads_no_torch():

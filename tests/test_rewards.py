@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,7 +35,8 @@ def outcome(**changes):
         accuracy=np.array([10.0]),
         terminated=np.array([False]),
     )
-    return dataclasses.replace(nothing, **{name: np.array(value) for name, value in changes.items()})
+    arrays: dict[str, Any] = {name: np.array(value) for name, value in changes.items()}
+    return dataclasses.replace(nothing, **arrays)
 
 
 @pytest.mark.parametrize(

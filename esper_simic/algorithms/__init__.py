@@ -1,0 +1,1 @@
+"""Reinforcement-learning algorithms: tensors in, tensors out, one paper a file."""

@@ -16,6 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from esper_simic.algorithms.shapes import check_unrolls
+
 
 class GAEReturns(NamedTuple):
     """Advantages, and returns = advantages + values, both `[T, B]`, without gradient."""
@@ -25,7 +27,9 @@ class GAEReturns(NamedTuple):
 
 
 @torch.no_grad()
-def gae(rewards: Tensor, discounts: Tensor, values: Tensor, bootstrap_value: Tensor, lambda_: float) -> GAEReturns:
+def gae(
+    rewards: Tensor, discounts: Tensor, values: Tensor, bootstrap_value: Tensor, lambda_: float
+) -> GAEReturns:
     """Compute generalised advantages.
 
     Args:
@@ -41,17 +45,7 @@ def gae(rewards: Tensor, discounts: Tensor, values: Tensor, bootstrap_value: Ten
     Raises:
         ValueError: Shapes or dtypes do not agree; the message names the argument.
     """
-    if rewards.dim() != 2 or rewards.shape[0] < 1 or not rewards.is_floating_point():
-        raise ValueError(f"rewards must be [T, B] floating point with T >= 1, not {list(rewards.shape)} {rewards.dtype}")
-    for name, tensor, expected in (
-        ("discounts", discounts, rewards.shape),
-        ("values", values, rewards.shape),
-        ("bootstrap_value", bootstrap_value, rewards.shape[1:]),
-    ):
-        if tensor.shape != expected or tensor.dtype != rewards.dtype:
-            raise ValueError(
-                f"{name} must be {list(expected)} {rewards.dtype} like rewards, it is {list(tensor.shape)} {tensor.dtype}"
-            )
+    check_unrolls(rewards=rewards, discounts=discounts, values=values, bootstrap_value=bootstrap_value)
     next_values = torch.cat([values[1:], bootstrap_value.unsqueeze(0)])
     advantages = list((rewards + discounts * next_values - values).unbind(0))
     decays = (discounts * lambda_).unbind(0)

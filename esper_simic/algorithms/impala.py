@@ -19,6 +19,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from esper_simic.algorithms.shapes import check_unrolls
 from esper_simic.algorithms.vtrace import LOG_RHO_MAX, vtrace
 
 TINY: Final = 1e-8
@@ -88,8 +89,19 @@ def impala_loss(
         The loss and its parts.
 
     Raises:
-        ValueError: Shapes or dtypes do not agree.
+        ValueError: Shapes or dtypes do not agree; the message names the argument.
     """
+    check_unrolls(
+        log_probs=log_probs,
+        behaviour_log_probs=behaviour_log_probs,
+        values=values,
+        bootstrap_value=bootstrap_value,
+        rewards=rewards,
+        discounts=discounts,
+        entropies=entropies,
+        policy_weights=policy_weights,
+        value_weights=value_weights,
+    )
     log_rhos = (log_probs - behaviour_log_probs).detach()
     targets = vtrace(
         log_rhos,

@@ -18,6 +18,8 @@ from typing import Final, NamedTuple
 import torch
 from torch import Tensor
 
+from esper_simic.algorithms.shapes import check_unrolls
+
 LOG_RHO_MAX: Final = 20.0
 """Log-ratios are clamped to ± this before the exponential: e^20 times any reward in use is still finite in float32."""
 
@@ -61,7 +63,13 @@ def vtrace(
     Raises:
         ValueError: Shapes or dtypes do not agree; the message names the argument.
     """
-    _check(log_rhos, discounts=discounts, rewards=rewards, values=values, bootstrap_value=bootstrap_value)
+    check_unrolls(
+        log_rhos=log_rhos,
+        discounts=discounts,
+        rewards=rewards,
+        values=values,
+        bootstrap_value=bootstrap_value,
+    )
     rhos = torch.exp(log_rhos.clamp(-LOG_RHO_MAX, LOG_RHO_MAX))
     clipped_rhos = rhos if clip_rho is None else rhos.clamp(max=clip_rho)
     coefficients = lambda_ * (rhos if clip_c is None else rhos.clamp(max=clip_c))
@@ -77,18 +85,3 @@ def vtrace(
     next_vs = torch.cat([vs[1:], bootstrap_value.unsqueeze(0)])
     pg_rhos = rhos if clip_pg_rho is None else rhos.clamp(max=clip_pg_rho)
     return VTraceReturns(vs, pg_rhos * (rewards + discounts * next_vs - values))
-
-
-def _check(log_rhos: Tensor, **others: Tensor) -> None:
-    if log_rhos.dim() != 2 or log_rhos.shape[0] < 1 or not log_rhos.is_floating_point():
-        raise ValueError(f"log_rhos must be [T, B] floating point with T >= 1, not {_describe(log_rhos)}")
-    for name, tensor in others.items():
-        expected = log_rhos.shape[1:] if name == "bootstrap_value" else log_rhos.shape
-        if tensor.shape != expected or tensor.dtype != log_rhos.dtype:
-            raise ValueError(
-                f"{name} must be {list(expected)} {log_rhos.dtype} like log_rhos, it is {_describe(tensor)}"
-            )
-
-
-def _describe(tensor: Tensor) -> str:
-    return f"{list(tensor.shape)} {tensor.dtype}"

@@ -9,8 +9,10 @@ One step, for all E lanes at once:
 4. **Validation**, fused with the counterfactuals of live blended seeds (`validation.py`).
 5. **Reward**, from what really happened (`rewards.py`).
 
-All chance of a lane comes from the stream `(lane seed, episode)`: the host's start, sample orders, seeds' starts. Lanes
-share no number, so what a lane does is the same beside any other lanes, up to the rounding of the arithmetic.
+All chance of a lane comes from two streams: `(lane seed, episode)` for the host's start and sample orders, and
+`(lane seed, episode, "seeds")` for the starts of seeds. So two controllers on the same lane meet the same host and the
+same samples, whatever they grow. Lanes share no number: what a lane does is the same beside any other lanes, up to the
+rounding of the arithmetic.
 """
 
 from __future__ import annotations
@@ -87,7 +89,8 @@ class GrowingHosts:
             lanes, len(task.train_labels), config.train_batches, config.train_batch_size
         )
         self.slots = SlotTable(lanes, len(config.slots))
-        self._chance: list[np.random.Generator] = [seeding.generator(0, 0)] * lanes
+        self._sample_chance = [seeding.generator(0, 0)] * lanes
+        self._seed_chance = [seeding.generator(0, 0)] * lanes
         self.epoch = np.zeros(lanes, dtype=np.int64)
         self._accuracy = np.full((lanes, HISTORY_EPOCHS), np.nan)
         self._loss = np.full((lanes, HISTORY_EPOCHS), np.nan)
@@ -120,8 +123,10 @@ class GrowingHosts:
             episodes: Episode number of each of them.
         """
         for lane, lane_seed, episode in zip(lanes.tolist(), lane_seeds, episodes, strict=True):
-            self._chance[lane] = seeding.generator(lane_seed, episode)
-            self.bank.reset_lane(lane, self.host_spec.initial_parameters(self._chance[lane]))
+            chance = seeding.generator(lane_seed, episode)
+            self._sample_chance[lane] = chance
+            self._seed_chance[lane] = seeding.generator(lane_seed, episode, "seeds")
+            self.bank.reset_lane(lane, self.host_spec.initial_parameters(chance))
             self._orders.restart(lane)
         self.slots.reset(lanes)
         self.epoch[lanes] = 0
@@ -268,7 +273,7 @@ class GrowingHosts:
         for position, (lane, slot) in enumerate(zip(lanes.tolist(), slots.tolist(), strict=True)):
             chosen = blueprint(BLUEPRINTS[actions[lane, BLUEPRINT]])
             channels = self.bank.slot_channels[slot]
-            self.bank.create_seed(lane, slot, chosen.initial_parameters(channels, self._chance[lane]))
+            self.bank.create_seed(lane, slot, chosen.initial_parameters(channels, self._seed_chance[lane]))
             counts[position] = chosen.parameter_count(channels)
         self.slots.germinate(
             at, actions[lanes, BLUEPRINT], counts, actions[lanes, STYLE], actions[lanes, TEMPO]
@@ -277,7 +282,7 @@ class GrowingHosts:
 
     def _train(self) -> GradientReport:
         seeds = seeds_in_training(self.slots.stage, self.slots.blueprint, self.slots.alpha)
-        return self._trainer.train_epoch(self._orders.next_epoch(self._chance), seeds)
+        return self._trainer.train_epoch(self._orders.next_epoch(self._sample_chance), seeds)
 
     def _measure(self, lanes: NDArray[np.int64] | None) -> Measurement:
         seeds = seeds_in_validation(self.slots.stage, self.slots.blueprint, self.slots.alpha)

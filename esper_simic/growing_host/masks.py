@@ -78,12 +78,7 @@ def legality(slots: SlotTable, config: EnvironmentConfig) -> Legality:
     by_lifecycle = _by_lifecycle(slots, config)
     gates = np.ones_like(by_lifecycle)
     gates[:, Op.ADVANCE] = _advance_gate(slots, config)
-    gates[:, Op.FOSSILIZE] = gate_g5(
-        slots.contribution,
-        slots.gradient_health,
-        slots.exploding,
-        gradient_health_min=config.gradient_health_min,
-    )
+    gates[:, Op.FOSSILIZE] = gate_g5(slots.contribution, slots.gradient_health, slots.exploding)
     op_slot = by_lifecycle & gates if config.mask_gates else by_lifecycle
     return Legality(op_slot, gates, _choices(np.asarray(op_slot[:, Op.GERMINATE].any(axis=1)), config))
 

@@ -1,0 +1,1 @@
+"""Controllers of growth: graph encoder, recurrent core, factored heads, running normalisation."""

@@ -72,14 +72,16 @@ class GraphPolicy(nn.Module):
         super().__init__()
         hidden, node = config.hidden_size, config.hidden_size // 2
         self.spec = spec
-        self.normaliser = RunningNormaliser(spec)
-        self.encoder = GraphEncoder(spec, node, hidden, config.graph_layers)
-        self.recurrent = nn.LSTMCell(hidden, hidden)
-        self.heads = FactoredHeads(hidden, node, spec.mask_layout)
-        self.value = nn.Sequential(
-            nn.Linear(hidden, hidden), nn.LayerNorm(hidden), nn.ReLU(), nn.Linear(hidden, 1)
-        )
         self._hidden = hidden
+        # Layers draw initial weights from torch's global generator; these are replaced below, so it is put back.
+        with torch.random.fork_rng(devices=[]):
+            self.normaliser = RunningNormaliser(spec)
+            self.encoder = GraphEncoder(spec, node, hidden, config.graph_layers)
+            self.recurrent = nn.LSTMCell(hidden, hidden)
+            self.heads = FactoredHeads(hidden, node, spec.mask_layout)
+            self.value = nn.Sequential(
+                nn.Linear(hidden, hidden), nn.LayerNorm(hidden), nn.ReLU(), nn.Linear(hidden, 1)
+            )
         self._initialise(rng)
 
     @property
@@ -142,7 +144,7 @@ class GraphPolicy(nn.Module):
         )
 
     def forward(self, observations: Mapping[str, Tensor], episode_start: Tensor, state: Tensor) -> _Core:
-        """Core output `[T, B, hidden]`, slots `[T, B, slots, node]`, values `[T, B]` and the state after the last row."""
+        """Core output `[T, B, hidden]`, slots `[T, B, slots, node]`, values `[T, B]`; the state after the last row."""
         length, batch = episode_start.shape
         flat = {key: tensor.flatten(0, 1) for key, tensor in observations.items()}
         encoded = self.encoder(flat, self.normaliser(flat))

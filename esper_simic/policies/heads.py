@@ -21,8 +21,14 @@ OP_EMBEDDING: Final = 16
 
 
 class HeadEvaluation(NamedTuple):
-    """Log-probabilities `[N]`, entropies `[N]` (sum over relevant heads, each divided by the logarithm of its number
-    of legal choices), and both by head, unmasked by relevance, `[N]` each."""
+    """What actions were worth in log-probability, and how open the choice was; `[N]` each.
+
+    Attributes:
+        log_probs: Sum over relevant heads.
+        entropy: Sum over relevant heads, each divided by the logarithm of its number of legal choices.
+        head_log_probs: By head, whether it was relevant or not.
+        head_entropies: By head, whether it was relevant or not; 0 where there is one legal choice.
+    """
 
     log_probs: Tensor
     entropy: Tensor
@@ -54,7 +60,9 @@ class FactoredHeads(nn.Module):
             relevance[op, [HEADS.index(head) for head in heads]] = True
         self.register_buffer("relevance", relevance, persistent=False)
 
-    def sample(self, core: Tensor, slots: Tensor, mask: Tensor, uniforms: Tensor) -> tuple[Tensor, HeadEvaluation]:
+    def sample(
+        self, core: Tensor, slots: Tensor, mask: Tensor, uniforms: Tensor
+    ) -> tuple[Tensor, HeadEvaluation]:
         """Draw actions by inverting each head's distribution function.
 
         Args:
@@ -105,7 +113,9 @@ class FactoredHeads(nn.Module):
         legal = legal[torch.arange(op.shape[0]), op].bool()
         return _mask(self.slot_out(hidden).squeeze(-1), legal)
 
-    def _choice_logits(self, core: Tensor, slots: Tensor, mask: Tensor, op: Tensor, slot: Tensor) -> dict[str, Tensor]:
+    def _choice_logits(
+        self, core: Tensor, slots: Tensor, mask: Tensor, op: Tensor, slot: Tensor
+    ) -> dict[str, Tensor]:
         seed = slots[torch.arange(slot.shape[0]), slot]
         hidden = torch.relu(self.choice_in(torch.cat([core, seed, self.op_embedding(op)], dim=-1)))
         pieces = self.choice_out(hidden).split([CHOICES[head] for head in CHOICE_HEADS], dim=-1)

@@ -62,7 +62,9 @@ class RunningNormaliser(nn.Module):
         added = rows.shape[0]
         total = count + added
         delta = rows.mean(dim=0) - mean
-        squares = variance * count + rows.var(dim=0, correction=0) * added + delta.square() * count * added / total
+        squares = (
+            variance * count + rows.var(dim=0, correction=0) * added + delta.square() * count * added / total
+        )
         mean.add_(delta * added / total)
         variance.copy_(squares / total)
         count.copy_(total)

@@ -23,7 +23,8 @@ class Tail:
         self.directory = Path(directory)
         self._start = start
         self._cursor: SegmentCursor | None = None
-        self._is_closed = False
+        self._newest_name = ""  # of all segments seen so far
+        self._is_closed = False  # whether the cursor's segment was seen to have a successor
 
     @property
     def position(self) -> int:
@@ -69,14 +70,21 @@ class Tail:
                     return record
             elif self._is_closed:
                 self._open_successor(cursor)
-            elif segment_paths(self.directory)[-1].name > cursor.path.name:
-                # Seen now, so what the cursor has not read yet was written before: read it, strictly this time.
-                self._is_closed = True
             else:
-                return None
+                # A successor that is seen only now: what the cursor has not read yet was written before it. Read that
+                # too, strictly this time.
+                self._list()
+                self._is_closed = self._newest_name > cursor.path.name
+                if not self._is_closed:
+                    return None
+
+    def _list(self) -> list[Path]:
+        paths = segment_paths(self.directory)
+        self._newest_name = paths[-1].name if paths else ""
+        return paths
 
     def _open_first(self) -> SegmentCursor | None:
-        paths = segment_paths(self.directory)
+        paths = self._list()
         if not paths:
             return None
         before = [path for path in paths if path.name <= segment_name(self._start)]
@@ -88,6 +96,7 @@ class Tail:
                 f"it is the oldest segment and begins with position {oldest}; {self._start} is missing",
             )
         self._cursor = SegmentCursor(before[-1])
+        self._is_closed = before[-1] is not paths[-1]
         return self._cursor
 
     def _open_successor(self, cursor: SegmentCursor) -> None:
@@ -99,7 +108,7 @@ class Tail:
                 f"it ends before position {cursor.position}, and no {path.name} follows",
             )
         self._cursor = SegmentCursor(path)
-        self._is_closed = False
+        self._is_closed = self._newest_name > path.name
         cursor.close()
 
     def close(self) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +26,7 @@ class Norm(nn.Module):
         self.normalise = nn.GroupNorm(1, channels)
         self.strength = nn.Parameter(torch.zeros(1))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         return x + self.strength * (self.normalise(x) - x)
 
 
@@ -35,37 +37,33 @@ class Attention(nn.Module):
         self.squeeze = nn.Linear(channels, hidden, bias=False)
         self.excite = nn.Linear(hidden, channels)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         gate = torch.sigmoid(self.excite(torch.relu(self.squeeze(x.mean((2, 3))))))
         return x * gate[:, :, None, None]
 
 
 def module(name: str, channels: int) -> nn.Module:
-    """An ordinary module whose parameters, in order, are the blueprint's flat row."""
-    match name:
-        case "norm":
-            made: nn.Module = Norm(channels)
-            # Flat order is scale, shift, strength; a module lists its own parameters before its children's.
-            made.flat = lambda: [made.normalise.weight, made.normalise.bias, made.strength]  # type: ignore[assignment]
-            return made
-        case "attention":
-            return Attention(channels)
-        case "depthwise":
-            return nn.Sequential(
-                nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False),
-                nn.Conv2d(channels, channels, 1, bias=False),
-                nn.GroupNorm(1, channels),
-                nn.ReLU(),
-            )
-        case "conv_light":
-            return light(channels)
-        case "conv_heavy":
-            return nn.Sequential(light(channels), light(channels))
-    raise AssertionError(name)
+    """An ordinary module that computes what the blueprint of this name computes."""
+    makers: dict[str, Callable[[], nn.Module]] = {
+        "norm": lambda: Norm(channels),
+        "attention": lambda: Attention(channels),
+        "depthwise": lambda: nn.Sequential(
+            nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False),
+            nn.Conv2d(channels, channels, 1, bias=False),
+            nn.GroupNorm(1, channels),
+            nn.ReLU(),
+        ),
+        "conv_light": lambda: light(channels),
+        "conv_heavy": lambda: nn.Sequential(light(channels), light(channels)),
+    }
+    return makers[name]()
 
 
 def flat(made: nn.Module) -> list[nn.Parameter]:
-    return made.flat() if hasattr(made, "flat") else list(made.parameters())  # type: ignore[operator, no-any-return]
+    """Parameters in the order of the blueprint's flat row."""
+    parameters = list(made.parameters())
+    # A module lists its own parameters before its children's; the blueprint's row ends with the strength.
+    return parameters[1:] + parameters[:1] if isinstance(made, Norm) else parameters
 
 
 def load(parameters: list[nn.Parameter], row: np.ndarray) -> None:
@@ -100,23 +98,25 @@ class LiteralHost:
         self.convolutions = [nn.Conv2d(widths[i], widths[i + 1], 1, bias=False).double() for i in range(3)]
         self.norms = [nn.BatchNorm2d(width).double() for width in widths[1:]]
         self.classifier = nn.Linear(4, 10).double()
-        self.parameters = [
+        self.parameters: list[nn.Parameter] = [
             parameter
             for convolution, norm in zip(self.convolutions, self.norms, strict=True)
-            for parameter in (convolution.weight, norm.weight, norm.bias)
-        ] + [self.classifier.weight, self.classifier.bias]
+            for parameter in (*convolution.parameters(), *norm.parameters())
+        ] + list(self.classifier.parameters())
         load(self.parameters, row)
-        self.settings = {"lr": lr, "momentum": momentum}
-        self.clip = clip
-        self.optimiser = torch.optim.SGD(self.parameters, **self.settings)
+        self.momentum, self.clip = momentum, clip
+        self.optimiser = torch.optim.SGD(self.parameters, lr=lr, momentum=momentum)
         self.seeds: dict[int, LiteralSeed] = {}
 
-    def add_seed(self, slot: int, name: str, row: np.ndarray, stage: SeedStage, alpha: float) -> None:
+    def add_seed(
+        self, slot: int, name: str, row: np.ndarray, stage: SeedStage, alpha: float, lr: float
+    ) -> None:
         made = module(name, (1, 2, 4)[slot]).double()
         load(flat(made), row)
-        self.seeds[slot] = LiteralSeed(made, stage, alpha, torch.optim.SGD(flat(made), **self.settings))
+        optimiser = torch.optim.SGD(flat(made), lr=lr, momentum=self.momentum)
+        self.seeds[slot] = LiteralSeed(made, stage, alpha, optimiser)
 
-    def forward(self, x: Tensor, off: int | None = None) -> Tensor:
+    def forward(self, x: Tensor, off: int | None = None) -> Any:
         for index, (convolution, norm) in enumerate(zip(self.convolutions, self.norms, strict=True)):
             x = torch.relu(norm(convolution(x)))
             seed = self.seeds.get(index)

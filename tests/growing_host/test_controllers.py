@@ -100,24 +100,19 @@ def test_heuristic_germinates_on_a_plateau_and_rotates():
     assert chosen == ["conv_light", "conv_heavy", "attention", "norm", "depthwise", "conv_light"]
 
 
-@pytest.mark.parametrize(
-    "why",
-    ["too early", "accuracy rises", "loss falls", "history too short"],
-)
-def test_heuristic_waits_while_the_host_learns(why):
-    view = quiet_view()
-    match why:
-        case "too early":
-            view = dataclasses.replace(view, epoch=np.full(LANES, 4))
-        case "accuracy rises":
-            view = dataclasses.replace(view, accuracy=view.accuracy + np.arange(10))
-        case "loss falls":
-            view = dataclasses.replace(view, loss=2.0 * 0.9 ** np.arange(10) + np.zeros((LANES, 1)))
-        case "history too short":
-            short = view.accuracy.copy()
-            short[:, :-3] = np.nan
-            view = dataclasses.replace(view, accuracy=short)
-    assert (act(HeuristicController(LANES), view)[:, OP] == Op.WAIT).all()
+LEARNING = {
+    "too early": lambda view: dataclasses.replace(view, epoch=np.full(LANES, 4)),
+    "accuracy rises": lambda view: dataclasses.replace(view, accuracy=view.accuracy + np.arange(10)),
+    "loss falls": lambda view: dataclasses.replace(view, loss=0.9 ** np.arange(10) + np.zeros((LANES, 1))),
+    "history too short": lambda view: dataclasses.replace(
+        view, accuracy=np.where(np.arange(10) < 7, np.nan, view.accuracy)
+    ),
+}
+
+
+@pytest.mark.parametrize("change", LEARNING.values(), ids=LEARNING)
+def test_heuristic_waits_while_the_host_learns(change):
+    assert (act(HeuristicController(LANES), change(quiet_view()))[:, OP] == Op.WAIT).all()
 
 
 def holding(contribution, *, epochs=1, at_germination=20.0):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from typing import Any
 from unittest import mock
 
 import gymnasium
@@ -36,7 +37,7 @@ def play(env, steps, *, seed=0, options=None, controller=None, chance=0):
     controller = controller or RandomController()
     rng = np.random.default_rng(chance)
     observed, infos = env.reset(seed=seed, options=options)
-    trace = [(observed, None, None, None, infos)]
+    trace: list[Any] = [(observed, None, None, None, infos)]
     for _ in range(steps):
         actions = controller.act(env.view(), rng.random((env.num_envs, len(HEADS))))
         trace.append(env.step(actions))
@@ -46,6 +47,7 @@ def play(env, steps, *, seed=0, options=None, controller=None, chance=0):
 def test_check_env_has_nothing_to_say():
     env = gymnasium.make("esper_simic/GrowingHost-v0", task="digits", host="rescue", slots=("r0c0", "r0c2"))
     check_env(env.unwrapped, skip_render_check=True)
+    assert isinstance(env.unwrapped, GrowingHostEnv)
     assert env.unwrapped.spec_observation.slots == 2
 
 
@@ -195,9 +197,9 @@ def test_first_episodes_are_staggered_and_cut_as_truncated():
     assert staggered_cuts(32, 4)[0] == 1
     env = GrowingHostVectorEnv(4, SMALL)
     trace = play(env, 24)
-    lengths = {lane: [] for lane in range(4)}
+    lengths: dict[int, list[tuple[int, str]]] = {lane: [] for lane in range(4)}
     for _, _, terminated, truncated, infos in trace[1:]:
-        for lane in np.flatnonzero(terminated | truncated):
+        for lane in np.flatnonzero(terminated | truncated).tolist():
             kind = "terminated" if terminated[lane] else "truncated"
             lengths[lane].append((int(infos["episode"]["l"][lane]), kind))
     assert lengths[0][:2] == [(3, "truncated"), (12, "terminated")]

@@ -75,7 +75,7 @@ def ruled(hosts, lane, op, slot, config):
     stages = [SeedStage(int(stage)) for stage in hosts.slots.stage[lane]]
     stage = stages[slot]
     live = {SeedStage.GERMINATED, SeedStage.TRAINING, SeedStage.BLENDING, SeedStage.HOLDING}
-    match op:
+    match Op(op):
         case Op.WAIT:
             return True
         case Op.GERMINATE:
@@ -96,7 +96,8 @@ def ruled(hosts, lane, op, slot, config):
         case Op.PRUNE:
             still = hosts.slots.ramp_done[lane, slot] >= hosts.slots.ramp_total[lane, slot]
             return stage in live and hosts.slots.age[lane, slot] >= config.prune_age_min and still
-    return False
+        case Op.SET_ALPHA_TARGET:
+            return False
 
 
 def gated(hosts, lane, op, slot, config):
@@ -106,7 +107,7 @@ def gated(hosts, lane, op, slot, config):
         not slots.exploding[lane, slot] and slots.gradient_health[lane, slot] >= config.gradient_health_min
     )
     if op is Op.FOSSILIZE:
-        return sound and np.isfinite(slots.contribution[lane, slot])
+        return not slots.exploding[lane, slot] and np.isfinite(slots.contribution[lane, slot])
     if op is Op.ADVANCE and slots.stage[lane, slot] == SeedStage.TRAINING:
         return sound and slots.epochs_in_stage[lane, slot] >= config.training_epochs_min
     if op is Op.ADVANCE and slots.stage[lane, slot] == SeedStage.BLENDING:
@@ -177,11 +178,12 @@ def give(hosts, **choices):
 
 def test_a_refused_action_is_not_rewarded_as_done():
     """The trap: FOSSILIZE whose gate refuses must pay neither bonus nor potential (gates not masked)."""
-    hosts = fresh(SMALL.model_copy(update={"mask_gates": False, "gradient_health_min": 1.0}))
+    hosts = fresh(SMALL.model_copy(update={"mask_gates": False}))
     assert give(hosts, op=Op.GERMINATE, slot=2).succeeded.all()
     hosts.slots.stage[:, 2] = SeedStage.HOLDING
     hosts.slots.contribution[:, 2] = hosts.slots.progress[:, 2] = 9.0
-    hosts.slots.gradient_health[:, 2] = 0.5
+    hosts.slots.gradient_health[:, 2] = 1.0
+    hosts.slots.exploding[:, 2] = True
     hosts._legal = masks.legality(hosts.slots, hosts.config)
     result = give(hosts, op=Op.FOSSILIZE, slot=2)
     assert not result.succeeded.any()

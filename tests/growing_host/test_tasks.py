@@ -52,7 +52,8 @@ def test_unknown_names_and_shapes_are_configuration_errors():
         load_task("cifar")
     with pytest.raises(ConfigError, match="unknown host 'giant'"):
         build_host("giant", load_task("digits"))
-    odd = Task("odd", 10, *[np.zeros((2, 1, 6, 6), np.float32), np.zeros(2, np.int64)] * 2)
+    images, labels = np.zeros((2, 1, 6, 6), np.float32), np.zeros(2, np.int64)
+    odd = Task("odd", 10, images, labels, images, labels)
     with pytest.raises(ConfigError, match="that 8 divides"):
         build_host("rescue", odd)
 

@@ -30,7 +30,7 @@ N, T, B, H, F = (
 STAGES = np.array(
     [[N, N, N], [T, N, N], [B, B, B], [F, N, T], [H, F, B], [F, F, F], [T, B, H]], dtype=np.int8
 )
-KINDS = [
+KINDS: list[list[str | None]] = [
     [None, None, None],
     ["conv_light", None, None],
     ["conv_light", "conv_heavy", "attention"],
@@ -61,8 +61,8 @@ class Mixed:
                     seed = blueprint(name).initial_parameters(self.spec.blocks[slot].channels_out, rng)
                     self.kind[lane, slot] = BLUEPRINTS.index(name)
                     self.bank.create_seed(lane, slot, seed)
-                    host.settings["lr"] = CONFIG.seed_lr
-                    host.add_seed(slot, name, seed, SeedStage(STAGES[lane, slot]), self.alpha[lane, slot])
+                    stage, alpha = SeedStage(int(STAGES[lane, slot])), float(self.alpha[lane, slot])
+                    host.add_seed(slot, name, seed, stage, alpha, CONFIG.seed_lr)
             self.literal.append(host)
         self.images = torch.tensor(task.train_images, dtype=dtype)
         self.labels = torch.tensor(task.train_labels)
@@ -93,9 +93,10 @@ class Mixed:
 
 def test_two_epochs_equal_ordinary_networks_trained_one_by_one():
     mixed = Mixed()
+    reports = []
     for _ in range(2):
         samples = mixed.samples()
-        report = mixed.train(samples)
+        reports.append(mixed.train(samples))
         for lane, host in enumerate(mixed.literal):
             for seed in host.seeds.values():
                 seed.norms.clear()
@@ -115,7 +116,7 @@ def test_two_epochs_equal_ordinary_networks_trained_one_by_one():
             )
         for slot, seed in host.seeds.items():
             np.testing.assert_allclose(mixed.seed_row(lane, slot), row_of(flat(seed.made)), atol=1e-9)
-            assert report.seed_norm[lane, slot] == pytest.approx(np.mean(seed.norms), abs=1e-9)
+            assert reports[-1].seed_norm[lane, slot] == pytest.approx(np.mean(seed.norms), abs=1e-9)
 
 
 def test_validation_equals_ordinary_networks_measured_one_by_one():

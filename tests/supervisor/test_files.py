@@ -4,6 +4,7 @@ import os
 import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -51,8 +52,8 @@ def test_order_of_the_durable_write(tmp_path, monkeypatch):
     real_fsync, path = os.fsync, tmp_path / "state"
 
     def fsync(descriptor):
-        target = os.readlink(f"/proc/self/fd/{descriptor}")
-        seen.append((os.path.basename(target), path.exists()))  # noqa: PTH119
+        target = Path(f"/proc/self/fd/{descriptor}").readlink()
+        seen.append((target.name, path.exists()))
         real_fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", fsync)

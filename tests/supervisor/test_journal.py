@@ -372,14 +372,13 @@ def test_a_full_backlog_blocks_append_until_the_disk_has_caught_up(tmp_path, mon
 WRITER = """
 import os, sys
 from supervisor.journal import Journal
-with Journal(sys.argv[1], owner="learner-0", run_id="run-1", segment_bytes_max=50_000, commit_interval_ms=1.0) as journal:
-    told = journal.durable_position
+limits = {"segment_bytes_max": 50_000, "commit_interval_ms": 1.0, "commit_records_max": 8}
+with Journal(sys.argv[1], owner="learner-0", run_id="run-1", **limits) as journal:
     while True:
-        position = journal.next_position
-        journal.append("Step", {"position": position}, [position.to_bytes(8, "big") * (position % 300)])
-        if (durable := journal.durable_position) > told:
-            told = durable
-            os.write(1, b"%d\\n" % told)
+        for _ in range(20):
+            position = journal.next_position
+            journal.append("Step", {"position": position}, [position.to_bytes(8, "big") * (position % 300)])
+        os.write(1, b"%d\\n" % (journal.sync() if position % 3 else journal.durable_position))
 """
 
 

@@ -248,6 +248,8 @@ def all_gone(tree: list[psutil.Process], within_s: float) -> bool:
 def test_ctrl_c_saves_a_checkpoint_and_leaves_nothing_over(tmp_path: Path) -> None:
     with remote(tmp_path) as supervisor:
         supervisor.wait_for(Phase.TRAINING)
+        # A child that is not ready yet is not asked but killed: it has nothing to save.
+        until(lambda: len(events(tmp_path, "ChildReady")) == 3)
         tree = supervisor.tree()
         assert len(tree) >= 4, "learner, two actors, fork server"
         os.killpg(supervisor.process.pid, signal.SIGINT)

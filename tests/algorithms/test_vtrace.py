@@ -1,0 +1,211 @@
+"""V-trace against the paper's sum of products, written out in plain Python."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from esper_simic.algorithms.vtrace import LOG_RHO_MAX, VTraceReturns, vtrace
+
+CLIPS = (None, 0.3, 1.0, 1.7)
+
+
+@dataclass
+class Case:
+    """Arguments of `vtrace`, `[T, B]`."""
+
+    log_rhos: Tensor
+    discounts: Tensor
+    rewards: Tensor
+    values: Tensor
+    bootstrap_value: Tensor
+
+    def run(self, **options: float | None) -> VTraceReturns:
+        return vtrace(
+            self.log_rhos,
+            self.discounts,
+            self.rewards,
+            self.values,
+            self.bootstrap_value,
+            **options,  # type: ignore[arg-type]
+        )
+
+
+def random_case(length: int, lanes: int, seed: int, *, ends: float = 0.25, spread: float = 1.0) -> Case:
+    rng = np.random.default_rng(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.from_numpy(rng.normal(size=shape))
+
+    discounts = torch.from_numpy(np.where(rng.random((length, lanes)) < ends, 0.0, 0.97))
+    return Case(
+        spread * normal(length, lanes), discounts, normal(length, lanes), normal(length, lanes), normal(lanes)
+    )
+
+
+def cut(ratio: float, clip: float | None) -> float:
+    return ratio if clip is None else min(clip, ratio)
+
+
+def literal(
+    case: Case, clip_rho: float | None, clip_c: float | None, clip_pg_rho: float | None, lambda_: float
+) -> tuple[list[list[float]], list[list[float]]]:
+    """Equation 1 of Espeholt et al. (2018), with one discount a step in place of the powers of gamma:
+
+    v_s = V(x_s) + sum_{t=s}^{T-1} (prod_{i=s}^{t-1} gamma_i c_i) rho_t (r_t + gamma_t V(x_{t+1}) - V(x_t))
+    """
+    length, lanes = case.rewards.shape
+    discounts, rewards = case.discounts.tolist(), case.rewards.tolist()
+    values = [*case.values.tolist(), case.bootstrap_value.tolist()]
+    ratios = [[math.exp(x) for x in row] for row in case.log_rhos.tolist()]
+    targets = [[0.0] * lanes for _ in range(length)] + [case.bootstrap_value.tolist()]
+    for lane in range(lanes):
+        for s in range(length):
+            total = values[s][lane]
+            for t in range(s, length):
+                product = 1.0
+                for i in range(s, t):
+                    product *= discounts[i][lane] * lambda_ * cut(ratios[i][lane], clip_c)
+                delta = rewards[t][lane] + discounts[t][lane] * values[t + 1][lane] - values[t][lane]
+                total += product * cut(ratios[t][lane], clip_rho) * delta
+            targets[s][lane] = total
+    advantages = [
+        [
+            cut(ratios[s][lane], clip_pg_rho)
+            * (rewards[s][lane] + discounts[s][lane] * targets[s + 1][lane] - values[s][lane])
+            for lane in range(lanes)
+        ]
+        for s in range(length)
+    ]
+    return targets[:length], advantages
+
+
+@given(
+    length=st.integers(1, 9),
+    lanes=st.integers(1, 4),
+    seed=st.integers(0, 2**32 - 1),
+    clip_rho=st.sampled_from(CLIPS),
+    clip_c=st.sampled_from(CLIPS),
+    clip_pg_rho=st.sampled_from(CLIPS),
+    lambda_=st.sampled_from((0.0, 0.5, 0.95, 1.0)),
+)
+def test_equals_the_sum_of_products(
+    length: int,
+    lanes: int,
+    seed: int,
+    clip_rho: float | None,
+    clip_c: float | None,
+    clip_pg_rho: float | None,
+    lambda_: float,
+) -> None:
+    case = random_case(length, lanes, seed)
+    found = case.run(clip_rho=clip_rho, clip_c=clip_c, clip_pg_rho=clip_pg_rho, lambda_=lambda_)
+    vs, advantages = literal(case, clip_rho, clip_c, clip_pg_rho, lambda_)
+    assert found.vs.numpy() == pytest.approx(np.array(vs), abs=1e-10, rel=1e-10)
+    assert found.pg_advantages.numpy() == pytest.approx(np.array(advantages), abs=1e-10, rel=1e-10)
+
+
+def test_the_defaults_clip_everything_at_one() -> None:
+    case = random_case(8, 5, seed=0)
+    vs, advantages = literal(case, 1.0, 1.0, 1.0, 1.0)
+    assert case.run().vs.numpy() == pytest.approx(np.array(vs), abs=1e-12)
+    assert case.run().pg_advantages.numpy() == pytest.approx(np.array(advantages), abs=1e-12)
+
+
+def test_on_policy_without_clips_is_the_n_step_return() -> None:
+    case = random_case(12, 6, seed=1)
+    case.log_rhos.zero_()
+    found = case.run(clip_rho=None, clip_c=None, clip_pg_rho=None)
+    following = case.bootstrap_value
+    for t in reversed(range(12)):
+        following = case.rewards[t] + case.discounts[t] * following
+        assert torch.allclose(found.vs[t], following, rtol=0, atol=1e-12)
+        assert torch.allclose(found.pg_advantages[t], following - case.values[t], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["log_rhos", "discounts", "rewards", "values"])
+def test_nothing_crosses_an_episode_end(name: str) -> None:
+    end = 4
+    case = random_case(10, 3, seed=2, ends=0.0)
+    case.discounts[end, 1] = 0.0
+    before = case.run()
+    changed = getattr(case, name)
+    changed[end + 1 :] = changed[end + 1 :] * 1.5 + 7
+    case.bootstrap_value += 100
+    after = case.run()
+    assert torch.equal(before.vs[: end + 1, 1], after.vs[: end + 1, 1])
+    assert torch.equal(before.pg_advantages[: end + 1, 1], after.pg_advantages[: end + 1, 1])
+    assert not torch.equal(before.vs[: end + 1, 0], after.vs[: end + 1, 0])
+
+
+def test_no_gradient_flows() -> None:
+    case = random_case(5, 2, seed=3)
+    for tensor in (case.log_rhos, case.rewards, case.values, case.bootstrap_value):
+        tensor.requires_grad_()
+    found = case.run()
+    assert not found.vs.requires_grad
+    assert not found.pg_advantages.requires_grad
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("clip", [None, 1.0])
+def test_huge_log_ratios_stay_finite_in_single_precision(sign: int, clip: float | None) -> None:
+    case = random_case(1, 3, seed=4, ends=0.0)
+    singles = [getattr(case, name).float() for name in ("discounts", "rewards", "values", "bootstrap_value")]
+    found = vtrace(torch.full((1, 3), sign * 1e30), *singles, clip_rho=clip, clip_c=clip, clip_pg_rho=clip)
+    assert found.vs.isfinite().all()
+    assert found.pg_advantages.isfinite().all()
+    bounded = vtrace(
+        torch.full((1, 3), sign * LOG_RHO_MAX), *singles, clip_rho=clip, clip_c=clip, clip_pg_rho=clip
+    )
+    assert torch.equal(found.vs, bounded.vs)
+
+
+def test_long_clipped_unrolls_with_huge_ratios_stay_finite() -> None:
+    case = random_case(1000, 4, seed=5, spread=50.0)
+    found = case.run()
+    assert found.vs.isfinite().all()
+    assert found.vs.abs().max() < 1000
+
+
+def test_single_precision_is_close_to_double() -> None:
+    case = random_case(80, 32, seed=6)
+    singles = Case(*(getattr(case, name).float() for name in Case.__dataclass_fields__))
+    assert torch.allclose(singles.run().vs.double(), case.run().vs, atol=1e-5)
+    assert singles.run().vs.dtype == torch.float32
+
+
+NAMES = ("discounts", "rewards", "values", "bootstrap_value")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_wrong_shape_is_refused_by_name(name: str) -> None:
+    case = random_case(4, 3, seed=7)
+    setattr(case, name, getattr(case, name)[..., :1])
+    with pytest.raises(ValueError, match=f"^{name} must be"):
+        case.run()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_wrong_dtype_is_refused_by_name(name: str) -> None:
+    case = random_case(4, 3, seed=8)
+    setattr(case, name, getattr(case, name).float())
+    with pytest.raises(ValueError, match=f"^{name} must be .*float64 like log_rhos, it is .*float32"):
+        case.run()
+
+
+@pytest.mark.parametrize(
+    "log_rhos", [torch.zeros(4), torch.zeros(0, 3), torch.zeros(4, 3, dtype=torch.int64)]
+)
+def test_wrong_log_rhos_are_refused_by_name(log_rhos: Tensor) -> None:
+    case = random_case(4, 3, seed=9)
+    case.log_rhos = log_rhos
+    with pytest.raises(ValueError, match=r"^log_rhos must be \[T, B\] floating point"):
+        case.run()
