@@ -1,14 +1,16 @@
 """Checkpoint directories: complete, synced and verified, or not there at all.
 
 A checkpoint is `checkpoints/step-<12 digits>/` with its files and a `manifest.json` that names every file with size
-and SHA-256. It is written under a temporary name, every file synced, the directory synced, renamed, the parent synced,
-and read back. It counts only once `CheckpointSaved` stands in the learner's journal: that is the caller's next move.
+and SHA-256. It is written under a temporary name, every file synced, the directory synced, read back, renamed, and the
+parent synced. It counts only once `CheckpointSaved` stands in the learner's journal: that is the caller's next move.
+
+Until then the one before counts, so no checkpoint is ever replaced: the second of the same step becomes
+`step-<12 digits>-2`, and so on. One writer a directory.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -22,7 +24,8 @@ from supervisor.files import fsync_directory, write_atomically
 
 FORMAT_VERSION: Final = 1
 MANIFEST: Final = "manifest.json"
-_NAME: Final = re.compile(r"step-(\d{12})")
+_NAME: Final = re.compile(r"step-(\d{12})(?:-([1-9]\d*))?")
+_LEFTOVERS: Final = ".step-*.partial"
 
 
 class CheckpointFile(msgspec.Struct, frozen=True):
@@ -45,13 +48,16 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     files: dict[str, CheckpointFile]
 
 
-def directory_name(step: int) -> str:
-    """Name of the checkpoint of a learner step."""
-    return f"step-{step:012d}"
+def directory_name(step: int, copy: int = 1) -> str:
+    """Name of the `copy`-th checkpoint of a learner step."""
+    return f"step-{step:012d}" if copy == 1 else f"step-{step:012d}-{copy}"
 
 
 def save(parent: Path, files: Mapping[str, bytes], manifest: Mapping[str, Any]) -> Path:
-    """Write a checkpoint and read it back.
+    """Write a checkpoint; it gets its name once it was read back as it was written.
+
+    However this ends, checkpoints that stood there before stand there still. What an interrupted call has left is
+    removed by the next one.
 
     Args:
         parent: The run's `checkpoints/` directory; made if missing.
@@ -62,29 +68,50 @@ def save(parent: Path, files: Mapping[str, bytes], manifest: Mapping[str, Any]) 
         The checkpoint's directory.
 
     Raises:
+        ContractError: A file's name is no plain one, or the manifest's own.
         UnavailableError: The disk refused, or what was read back differs from what was written.
     """
-    described = {name: CheckpointFile(len(data), hashlib.sha256(data).hexdigest()) for name, data in files.items()}
+    for name in files:
+        if name != Path(name).name or name == MANIFEST:
+            raise ContractError(f"a file of a checkpoint cannot be called {name!r}")
+    described = {name: _describe(data) for name, data in files.items()}
     whole = msgspec.convert({**manifest, "format_version": FORMAT_VERSION, "files": described}, Manifest)
-    final = parent / directory_name(whole.step)
-    staging = parent / f".{final.name}.partial"
+    staging = parent / f".{directory_name(whole.step)}.partial"
     try:
-        parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir()
+        _make_staging(parent, staging)
         for name, data in files.items():
             write_atomically(staging / name, data)
         write_atomically(staging / MANIFEST, msgspec.json.format(msgspec.json.encode(whole), indent=2))
-        if final.exists():
-            shutil.rmtree(final)
-        staging.rename(final)
+        if load(staging)[0] != whole:
+            raise ContractError(f"{staging / MANIFEST} differs from what was written")
+        final = staging.rename(_free_name(parent, whole.step))
         fsync_directory(parent)
-        load(final)
     except OSError as error:
-        raise UnavailableError(f"cannot write checkpoint {final}: {os.strerror(error.errno or 0)}") from error
+        shutil.rmtree(staging, ignore_errors=True)
+        raise UnavailableError(f"cannot write checkpoint {staging}: {error}") from error
     except ContractError as error:
-        raise UnavailableError(f"checkpoint {final} was not read back as written: {error}") from error
+        shutil.rmtree(staging, ignore_errors=True)
+        raise UnavailableError(f"a checkpoint was not read back as it was written: {error}") from error
     return final
+
+
+def _make_staging(parent: Path, staging: Path) -> None:
+    parent.mkdir(parents=True, exist_ok=True)
+    fsync_directory(parent.parent)
+    for leftover in parent.glob(_LEFTOVERS):
+        shutil.rmtree(leftover)
+    staging.mkdir()
+
+
+def _free_name(parent: Path, step: int) -> Path:
+    copy = 1
+    while (parent / directory_name(step, copy)).exists():
+        copy += 1
+    return parent / directory_name(step, copy)
+
+
+def _describe(data: bytes) -> CheckpointFile:
+    return CheckpointFile(len(data), hashlib.sha256(data).hexdigest())
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -92,39 +119,67 @@ def read_manifest(directory: Path) -> Manifest:
 
     Raises:
         ContractError: Missing, not a manifest, or of an unknown format version.
+        UnavailableError: It cannot be read.
     """
     path = directory / MANIFEST
     try:
-        manifest = msgspec.json.decode(path.read_bytes(), type=Manifest)
-    except (OSError, msgspec.MsgspecError) as error:
-        raise ContractError(f"{path} is not a readable manifest: {error}") from error
-    if manifest.format_version != FORMAT_VERSION:
-        raise ContractError(f"{path} has format version {manifest.format_version}, this version reads {FORMAT_VERSION}")
-    return manifest
+        data = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raise ContractError(f"{directory} is no checkpoint: it has no {MANIFEST}") from None
+    except OSError as error:
+        raise UnavailableError(f"cannot read {path}: {error}") from error
+    try:
+        version = msgspec.json.decode(data, type=_Versioned).format_version
+        if version != FORMAT_VERSION:
+            raise ContractError(f"{path} has format version {version}; this program reads {FORMAT_VERSION}")
+        return msgspec.json.decode(data, type=Manifest)
+    except msgspec.DecodeError as error:
+        raise ContractError(f"{path} is not a manifest: {error}") from error
+
+
+class _Versioned(msgspec.Struct):
+    """What a manifest of any version has: so that another version is named as such."""
+
+    format_version: int
 
 
 def load(directory: Path) -> tuple[Manifest, dict[str, bytes]]:
     """Read a checkpoint, every file checked against the manifest.
 
+    Returns:
+        The manifest, and the contents by file name.
+
     Raises:
         ContractError: A file is missing, has another size or digest, or stands there unnamed.
+        UnavailableError: A file cannot be read.
     """
     manifest = read_manifest(directory)
     present = {path.name for path in directory.iterdir()} - {MANIFEST}
-    if present != set(manifest.files):
-        raise ContractError(f"{directory} holds {sorted(present)}, its manifest names {sorted(manifest.files)}")
-    contents = {}
-    for name, expected in manifest.files.items():
-        data = (directory / name).read_bytes()
-        if len(data) != expected.bytes or hashlib.sha256(data).hexdigest() != expected.sha256:
-            raise ContractError(f"{directory / name} differs from its manifest (size or SHA-256)")
-        contents[name] = data
-    return manifest, contents
+    named = set(manifest.files)
+    for names, fault in ((named - present, "lacks"), (present - named, "does not name, but holds,")):
+        if names:
+            raise ContractError(f"{directory} {fault} {', '.join(sorted(names))}")
+    return manifest, {name: _read(directory / name, expected) for name, expected in manifest.files.items()}
+
+
+def _read(path: Path, expected: CheckpointFile) -> bytes:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UnavailableError(f"cannot read {path}: {error}") from error
+    found = _describe(data)
+    if found.bytes != expected.bytes:
+        raise ContractError(f"{path} has {found.bytes} bytes, its manifest says {expected.bytes}")
+    if found.sha256 != expected.sha256:
+        raise ContractError(f"{path} has SHA-256 {found.sha256}, its manifest says {expected.sha256}")
+    return data
 
 
 def newest(parent: Path) -> Path | None:
-    """The checkpoint of the highest step, or None where there is none."""
-    if not parent.is_dir():
-        return None
-    found = sorted(path for path in parent.iterdir() if _NAME.fullmatch(path.name))
-    return found[-1] if found else None
+    """The checkpoint of the highest step, the last made of it; None where there is none."""
+    found = [
+        (int(match[1]), int(match[2] or 1), path)
+        for path in (parent.iterdir() if parent.is_dir() else ())
+        if (match := _NAME.fullmatch(path.name))
+    ]
+    return max(found)[2] if found else None

@@ -81,7 +81,8 @@ def run_child(main_path: str, spec: ChildSpec) -> None:
     _write_output_to(log_path(run_dir, spec.who))
     die_with_parent()
     exit_with_parent()
-    pass
+    for number in DEAF_TO:
+        signal.signal(number, signal.SIG_IGN)
     # They were blocked while this process came into being; from here on they are ignored instead.
     signal.pthread_sigmask(signal.SIG_UNBLOCK, DEAF_TO)
     # The file stays open as long as the process: the dump may come at any time.

@@ -20,9 +20,6 @@ from esper_simic.growing_host.functional import batch_norm_rectify, graft, max_p
 from esper_simic.growing_host.grafts import GraftPlan, SlotSeeds, plan_graft
 from esper_simic.growing_host.parameters import ParameterBank, split_host
 
-RUNNING_MOMENTUM: Final = 0.1
-"""Weight of a new batch in the running statistics of batch normalisation."""
-
 VANISHING_NORM: Final = 1e-6
 """A gradient norm below this carries no signal."""
 
@@ -129,12 +126,13 @@ class Trainer:
         bank = self._bank
         pieces = split_host(bank.spec, host)
         for index, slot in enumerate(self._slot_of_block):
-            x, mean, variance = batch_norm_rectify(
-                pointwise_convolution(x, pieces.weights[index]), pieces.scales[index], pieces.shifts[index]
+            x = batch_norm_rectify(
+                pointwise_convolution(x, pieces.weights[index]),
+                pieces.scales[index],
+                pieces.shifts[index],
+                bank.running_means[index],
+                bank.running_variances[index],
             )
-            count = x[0, 0].numel()
-            bank.running_means[index].lerp_(mean, RUNNING_MOMENTUM)
-            bank.running_variances[index].lerp_(variance * (count / (count - 1)), RUNNING_MOMENTUM)
             plan = plans[slot] if slot is not None else None
             if slot is not None and plan is not None:
                 x = graft(x, seed_features(plan, leaves[slot], x.detach()), plan.rows, plan.alpha, plan.share)

@@ -200,10 +200,11 @@ def encode_record(
             header,
         )
     )
-    checksum = google_crc32c.value(start)
+    length = len(start) + sum(sizes)
+    checksum = _checksum(length, start)
     for frame in frames:
         checksum = google_crc32c.extend(checksum, frame)
-    return [_PREFIX.pack(len(start) + sum(sizes), checksum) + start, *frames]
+    return [_PREFIX.pack(length, checksum) + start, *frames]
 
 
 def record_bytes(kind: bytes, header: bytes, frames: Sequence[bytes]) -> int:
@@ -215,7 +216,13 @@ def record_bytes(kind: bytes, header: bytes, frames: Sequence[bytes]) -> int:
 def encode_mark(position: int, offset: int) -> bytes:
     """A mark at a file offset: all records below `position` are durable."""
     body = _MARK.pack(_MARK_TAG, position, offset)
-    return _PREFIX.pack(_MARK_LENGTH, google_crc32c.value(body)) + body
+    return _PREFIX.pack(_MARK_LENGTH, _checksum(_MARK_LENGTH, body)) + body
+
+
+def _checksum(length: int, body: bytes) -> int:
+    """CRC32C of an item's length field and body: a flip of the field's top bit alone would pass as another item."""
+    checksum: int = google_crc32c.extend(google_crc32c.value(length.to_bytes(4, "little")), body)
+    return checksum
 
 
 class _UnreadableError(Exception):
@@ -368,7 +375,7 @@ class SegmentCursor:
         if count > min(room, RECORD_BYTES_MAX):
             raise _UnreadableError(f"a record of {count} bytes does not fit the {room} bytes that follow")
         body = self._bytes(self.offset + _PREFIX.size, count)
-        if google_crc32c.value(body) != checksum:
+        if _checksum(length, body) != checksum:
             raise _UnreadableError(f"the checksum of {count} bytes does not fit (position {self.position})")
         return length, body
 

@@ -120,7 +120,7 @@ class Journal:
         self._next_position = self._durable_position = self._sync_target = self._segments.position
         self._records = self._bytes = self._commits = self._backlog_waits = 0
         self._failure: OSError | None = None
-        self._is_failure_told = False
+        self._is_end_told = False
         self._is_closing = False
         self._is_flusher_gone = False
         self._event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -209,6 +209,7 @@ class Journal:
             InvariantViolation: The journal is closed.
         """
         with self._lock:
+            self._raise_if_closed()
             self._raise_if_ended()
             target = self._next_position
             self._sync_target = max(self._sync_target, target)
@@ -226,6 +227,7 @@ class Journal:
             InvariantViolation: The journal is closed.
         """
         with self._lock:
+            self._raise_if_closed()
             self._raise_if_ended()
             with contextlib.suppress(BlockingIOError):  # nothing has moved since the last call
                 os.eventfd_read(self._event)
@@ -236,6 +238,7 @@ class Journal:
 
         Raises:
             UnavailableError: Some appended records did not become durable, and no earlier call has said so.
+            InvariantViolation: The same, by a fault of the flusher itself.
         """
         with self._lock:
             if self._is_closing:
@@ -247,8 +250,8 @@ class Journal:
         self._segments.close()
         self._file_lock.close()
         os.close(self._event)
-        if self._durable_position < self._next_position and not self._is_failure_told:
-            raise self._unavailable()
+        if self._durable_position < self._next_position and not self._is_end_told:
+            self._raise_if_ended()
 
     def __enter__(self) -> Self:
         return self
@@ -261,6 +264,7 @@ class Journal:
     # Called with the lock held
 
     def _wait_for_room(self, size: int) -> None:
+        self._raise_if_closed()
         self._raise_if_ended()
         if self._backlog_bytes and self._backlog_bytes + size > self._backlog_bytes_max:
             self._backlog_waits += 1
@@ -269,28 +273,29 @@ class Journal:
                 while self._backlog_bytes and self._backlog_bytes + size > self._backlog_bytes_max:
                     self._work.notify()
                     self._progress.wait()
+                    self._raise_if_closed()
                     self._raise_if_ended()
             finally:
                 self._appends_waiting -= 1
 
-    def _raise_if_ended(self) -> None:
-        if self._failure is not None:
-            self._is_failure_told = True
-            raise self._unavailable()
+    def _raise_if_closed(self) -> None:
         if self._is_closing:
             raise InvariantViolation(f"the journal {self.directory} is closed")
-        if self._is_flusher_gone:
-            raise InvariantViolation(
-                f"the flusher of the journal {self.directory} has died of a fault of its own"
-            )
 
-    def _unavailable(self) -> UnavailableError:
-        error = UnavailableError(
-            f"cannot write {self._segments.path} at byte {self._segments.offset}: {self._failure}; positions from "
-            f"{self._durable_position} on are not durable. Make {self.directory} writable again and reopen the journal"
-        )
-        error.__cause__ = self._failure
-        return error
+    def _raise_if_ended(self) -> None:
+        """Tell why the flusher has ended, unless it ended because it was asked to."""
+        lost = f"positions from {self._durable_position} on are not durable"
+        if self._failure is not None:
+            self._is_end_told = True
+            raise UnavailableError(
+                f"cannot write {self._segments.path} at byte {self._segments.offset}: {self._failure}; {lost}. Make "
+                f"{self.directory} writable again and reopen the journal"
+            ) from self._failure
+        if self._is_flusher_gone and self._durable_position < self._next_position:
+            self._is_end_told = True
+            raise InvariantViolation(
+                f"the flusher of {self.directory} has died of a fault of its own; {lost}"
+            )
 
     def _is_group_full(self) -> bool:
         return (

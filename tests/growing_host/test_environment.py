@@ -92,8 +92,8 @@ def test_scalar_masks_sample_the_action_space():
 def test_the_scalar_environment_is_one_lane_of_the_vector_environment():
     scalar, vector = GrowingHostEnv(SMALL), GrowingHostVectorEnv(1, SMALL)
     controller, rng = PatientController(1), np.random.default_rng(0)
-    one, _ = scalar.reset(seed=9)
-    many, _ = vector.reset(seed=9)
+    one: dict[str, Any] = scalar.reset(seed=9)[0]
+    many: dict[str, Any] = vector.reset(seed=9)[0]
     for _ in range(SMALL.max_epochs - 1):
         actions = controller.act(vector.view(), rng.random((1, 8)))
         for key in OBSERVATION_KEYS:
@@ -127,10 +127,13 @@ def test_another_seed_gives_another_run():
 
 def test_no_global_generator_is_touched():
     torch.manual_seed(0)
-    before = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002 - the thing under test
+    torch_state = torch.get_rng_state()
+    numpy_state: Any = np.random.get_state()  # noqa: NPY002 - the thing under test
     play(GrowingHostVectorEnv(2, SMALL), 14)
-    assert torch.equal(before[0], torch.get_rng_state())
-    assert (before[1] == np.random.get_state()[1]).all()  # noqa: NPY002
+    after: Any = np.random.get_state()  # noqa: NPY002
+    assert torch.equal(torch_state, torch.get_rng_state())
+    assert (numpy_state[1] == after[1]).all()
+    assert numpy_state[2] == after[2]
 
 
 class Scripted:

@@ -45,15 +45,16 @@ def observations(rng: np.random.Generator, *lead: int, spec: ObservationSpec = S
         "slot_host": rng.integers(0, layers[:, None], size=(count, spec.slots)),
         "slot_blueprint": blueprint,
         "globals": rng.normal(size=(count, spec.global_features)).astype(np.float32),
-        "action_mask": packed_masks(rng, count, spec.mask_layout),
+        "action_mask": packed_masks(rng, slot_mask, spec.mask_layout),
     }
     return {key: torch.from_numpy(array).reshape(*lead, *array.shape[1:]) for key, array in arrays.items()}
 
 
-def packed_masks(rng: np.random.Generator, count: int, layout: MaskLayout) -> np.ndarray:
-    """`[count, M]` masks: any slots for each operation, at least one choice of each other head, WAIT always."""
+def packed_masks(rng: np.random.Generator, slot_mask: np.ndarray, layout: MaskLayout) -> np.ndarray:
+    """`[count, M]` masks: any existing slots for each operation, a choice at least of each other head, WAIT always."""
+    count = len(slot_mask)
     masks = np.zeros((count, layout.size), dtype=np.int8)
-    op_slot = rng.random((count, len(Op), layout.slots)) < 0.4
+    op_slot = (rng.random((count, len(Op), layout.slots)) < 0.4) & slot_mask[:, None]
     op_slot[:, Op.WAIT] = True
     masks[:, layout.op] = op_slot.any(axis=2)
     masks[:, layout.op_slot] = op_slot.reshape(count, -1)

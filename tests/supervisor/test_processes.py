@@ -17,7 +17,7 @@ import pytest
 
 from esper_simic.errors import UnavailableError
 from supervisor.bus import Poller, Received, Server, ipc_endpoint, runtime_directory
-from supervisor.child import ChildSpec, log_path, stacks_path
+from supervisor.child import DEAF_TO, ChildSpec, log_path, stacks_path
 from supervisor.events import ChildId, ExitReason
 from supervisor.processes import Gone, LocalPlacement, Spawned
 from supervisor.protocol import ACCEPTS, Message, Ready, Stop
@@ -171,7 +171,7 @@ def test_an_error_ends_with_its_last_words(stage: Stage) -> None:
     assert "about to fail" in end.detail
 
 
-@role("die")
+@role("leave_silently")
 def test_last_words_are_those_of_this_life(stage: Stage) -> None:
     log_path(stage.run_dir, ACTOR).write_text("an earlier life's complaint\n")
     stage.start(ACTOR)
@@ -203,6 +203,23 @@ def test_a_role_without_a_main_says_so(stage: Stage) -> None:
 def test_a_child_is_deaf_to_the_signals_of_a_terminal(stage: Stage) -> None:
     stage.start(ACTOR)
     assert psutil.Process(stage.ready(ACTOR)).is_running()
+
+
+def signals_in(pid: int, mask: str) -> set[signal.Signals]:
+    """The termination signals in one of the masks the kernel shows of a process."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    bits = next(int(line.split()[1], 16) for line in lines if line.startswith(mask + ":"))
+    return {number for number in DEAF_TO if bits & (1 << (number - 1))}
+
+
+def test_from_their_first_moment_no_terminal_signal_reaches_fork_server_or_children(stage: Stage) -> None:
+    server = getattr(forkserver._forkserver, "_forkserver_pid")  # noqa: B009 (private, see processes)
+    assert signals_in(server, "SigBlk") == set(DEAF_TO), "also while it imports"
+    for who in (ACTOR, LEARNER):
+        stage.start(who)
+        pid = stage.ready(who)
+        assert signals_in(pid, "SigIgn") == set(DEAF_TO)
+        assert signals_in(pid, "SigBlk") == set()
 
 
 @role("hang_in_a_named_place")
