@@ -2,8 +2,8 @@
 
 For each record size four loops of equal duration, interleaved in rounds so that a busy neighbour disturbs all alike:
 
-* `group`: a producer appends as fast as it can with at most 2 MiB not durable yet, the flusher commits in groups. An acknowledgement is
-  timed from the `append` of a record to the moment its `durable_fd` wake-up has been read.
+* `group`: a producer appends as fast as it can with at most 2 MiB not durable yet, the flusher commits in groups. An
+  acknowledgement is timed from the `append` of a record to the moment its `durable_fd` wake-up has been read.
 * `each`: append and sync one record at a time.
 * `bare_group`: `os.write` of 1 MiB of the same records, then `fdatasync`: what the disk gives without a journal.
 * `bare_each`: `os.write` of one record, then `fdatasync`.

@@ -113,4 +113,4 @@ class MaskLayout:
     @property
     def size(self) -> int:
         """Length of the packed mask."""
-        return self.choices(CHOICE_HEADS[-1]).stop
+        return len(Op) * (1 + self.slots) + sum(CHOICES[head] for head in CHOICE_HEADS)

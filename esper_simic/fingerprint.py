@@ -20,7 +20,7 @@ def fingerprint() -> dict[str, str]:
         "numpy": np.__version__,
         "torch_geometric": metadata.version("torch-geometric"),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "mkldnn": str(torch.backends.mkldnn.enabled and torch.backends.mkldnn.is_available()),
+        "mkldnn": str(torch._C._get_mkldnn_enabled()),
         "mkl_cbwr": os.environ.get("MKL_CBWR", ""),
         "onednn_max_cpu_isa": os.environ.get("ONEDNN_MAX_CPU_ISA", ""),
         "aten_cpu_capability": os.environ.get("ATEN_CPU_CAPABILITY", ""),

@@ -25,6 +25,7 @@ from supervisor.files import fsync_directory, write_atomically
 FORMAT_VERSION: Final = 1
 MANIFEST: Final = "manifest.json"
 _NAME: Final = re.compile(r"step-(\d{12})(?:-([1-9]\d*))?")
+_FILE_NAME: Final = re.compile(r"\w[\w.-]*")
 _LEFTOVERS: Final = ".step-*.partial"
 
 
@@ -72,7 +73,7 @@ def save(parent: Path, files: Mapping[str, bytes], manifest: Mapping[str, Any]) 
         UnavailableError: The disk refused, or what was read back differs from what was written.
     """
     for name in files:
-        if name != Path(name).name or name == MANIFEST:
+        if not _FILE_NAME.fullmatch(name) or name == MANIFEST:
             raise ContractError(f"a file of a checkpoint cannot be called {name!r}")
     described = {name: _describe(data) for name, data in files.items()}
     whole = msgspec.convert({**manifest, "format_version": FORMAT_VERSION, "files": described}, Manifest)
@@ -156,9 +157,14 @@ def load(directory: Path) -> tuple[Manifest, dict[str, bytes]]:
     manifest = read_manifest(directory)
     present = {path.name for path in directory.iterdir()} - {MANIFEST}
     named = set(manifest.files)
-    for names, fault in ((named - present, "lacks"), (present - named, "does not name, but holds,")):
-        if names:
-            raise ContractError(f"{directory} {fault} {', '.join(sorted(names))}")
+    if named - present:
+        raise ContractError(
+            f"{directory} lacks {', '.join(sorted(named - present))}, which its manifest names"
+        )
+    if present - named:
+        raise ContractError(
+            f"{directory} holds {', '.join(sorted(present - named))}, which its manifest does not name"
+        )
     return manifest, {name: _read(directory / name, expected) for name, expected in manifest.files.items()}
 
 

@@ -5,31 +5,48 @@ Exit status: 0 ok, 1 failed or degraded, 2 usage, 3 not running, 4 unknown, 78 c
 
 from __future__ import annotations
 
-import json
+import io
+import itertools
+import os
+import platform
+import shlex
 import sys
 import time
 import uuid
-from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any, Final, NoReturn
+from typing import TYPE_CHECKING, Annotated, Final, NoReturn
 
+import msgspec
 import typer
 from rich.console import Console
 
-from esper_simic.config import Config, to_yaml
+from esper_simic.config import to_yaml
 from esper_simic.errors import ConfigError, SimicError, UnavailableError
 from supervisor import audit, config_file, status, view
 from supervisor.clock import SystemClock
-from supervisor.journal import JournalDamage, Record, read
-from supervisor.run import RunFacts, RunOutcome
+from supervisor.journal import read
+from supervisor.run import RunFacts
 from supervisor.run import run as supervise
 from supervisor.vitals import Snapshot
 
+if TYPE_CHECKING:
+    from supervisor.metrics import TensorBoardWriter
+
 OK, FAILED, USAGE, NOT_RUNNING, UNKNOWN, CONFIGURATION = 0, 1, 2, 3, 4, 78
 
-LEARNED: Final = "learned"
-EVALUATED: Final = (LEARNED, "heuristic", "patient", "random", "never-grow")
+STATUS_CODE: Final = {
+    status.Health.STARTING: OK,
+    status.Health.RUNNING: OK,
+    status.Health.STOPPING: OK,
+    status.Health.DEGRADED: FAILED,
+    status.Health.FAILED: FAILED,
+    status.Health.ENDED: NOT_RUNNING,
+}
+GATE_CODE: Final = STATUS_CODE | {status.Health.STARTING: FAILED, status.Health.STOPPING: FAILED}
+"""`status` informs; `is-healthy` is a gate, which a run that has not begun or is ending does not pass."""
+
+EVALUATED: Final = (view.LEARNED, "heuristic", "patient", "random", "never-grow")
 """Policies measured at the end of a run, in the order of the table; the learned one, the dearest, begins first."""
 
 RUNS: Final = Path("runs")
@@ -40,31 +57,60 @@ config_app = typer.Typer(no_args_is_help=True, help="Check and explain configura
 app.add_typer(log_app, name="log")
 app.add_typer(config_app, name="config")
 
-RunArgument = Annotated[Path | None, typer.Argument(help="A run directory; by default the newest under runs/.")]
+RunArgument = Annotated[
+    Path | None,
+    typer.Argument(help="A run directory; by default the newest under runs/.", show_default=False),
+]
 PresetOption = Annotated[str, typer.Option(help="Shipped preset to start from.")]
 FileOption = Annotated[Path | None, typer.Option("--config", help="YAML file that overlays the preset.")]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override one key; may be repeated.")
 ]
-OwnerOption = Annotated[str, typer.Option(help="Whose journal: supervisor, learner-0, …")]
+OwnerOption = Annotated[str, typer.Option(help="Whose journal: supervisor, learner-0, ...")]
 
 
 def main() -> NoReturn:
     """Run the command line; every expected error is one line on standard error and its exit status."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A path may hold what the terminal's encoding cannot say; that must not end a run.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        app(standalone_mode=True)
+        app()
     except ConfigError as error:
         _fail(f"configuration: {error}", CONFIGURATION)
-    except JournalDamage as error:
-        _fail(str(error), FAILED)
     except SimicError as error:
         _fail(str(error), FAILED)
+    finally:
+        _flush()
     raise SystemExit(OK)
+
+
+def _flush() -> None:
+    """Write out what is buffered; where the reader has gone away, nobody is left to be told."""
+    if sys.stdout is None:  # closed by whoever started us
+        return
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
 
 def _fail(message: str, code: int) -> NoReturn:
     print(f"simic-supervisor: {message}", file=sys.stderr)
     raise SystemExit(code)
+
+
+def _directory(run_dir: Path | None) -> Path:
+    """The run directory that was named, or the newest; none there is exit status 4."""
+    try:
+        directory = run_dir or status.newest_run(RUNS)
+    except UnavailableError as error:
+        _fail(str(error), UNKNOWN)
+    if not directory.is_dir():
+        _fail(f"there is no directory {directory}", UNKNOWN)
+    return directory
 
 
 @app.command()
@@ -79,44 +125,55 @@ def run(
     evaluation: Annotated[bool, typer.Option(help="Measure the policies at the end.")] = True,
 ) -> None:
     """Train a growth controller, then measure it on held-out episodes."""
-    short = {"simic_trainer.seed": seed, "supervisor.max_seconds": max_seconds, "supervisor.max_steps": max_steps}
+    short = {
+        "simic_trainer.seed": seed,
+        "supervisor.max_seconds": max_seconds,
+        "supervisor.max_steps": max_steps,
+    }
     given = [*(assignments or []), *(f"{key}={value}" for key, value in short.items() if value is not None)]
     config = config_file.load(preset, file, given)
     directory = run_dir or RUNS / f"{preset}-{time.strftime('%Y%m%d-%H%M%S')}"
-    console = Console()
-    display = _Display(console, directory)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        _fail(f"cannot make the run directory {directory}: {error.strerror}", FAILED)
     facts = RunFacts(
         preset=preset,
         config_text=to_yaml(config),
         evaluation_policies=EVALUATED if evaluation else (),
-        fingerprint={"python": sys.version.split()[0], "platform": sys.platform},
+        fingerprint={"python": platform.python_version(), "platform": sys.platform},
         versions=_versions(),
     )
+    console = view.SteadyConsole()
+    display = _Display(console, directory)
     try:
         outcome = supervise(directory, config, facts, clock=SystemClock(), observer=display)
     finally:
         display.close()
-    _report(console, directory, outcome, config)
+    again = f"run --preset {preset} --seed {config.simic_trainer.seed + 1}"
+    again += f" --config {shlex.quote(str(file))}" if file else ""
+    view.report(console, directory, outcome, EVALUATED, again)
     raise typer.Exit(outcome.exit_code)
 
 
 class _Display:
-    """Shows snapshots and writes them to TensorBoard. The writer is imported after the children were started: it
-    costs half a second that would delay them."""
+    """Shows snapshots and writes them to TensorBoard.
+
+    TensorBoard's writer is imported with the first update: it costs a fifth of a second that would delay the children.
+    """
 
     def __init__(self, console: Console, directory: Path) -> None:
-        self._view = view.LiveView(console)
-        self._rate = view.RateMeter()
+        self._view, self._rate = view.LiveView(console), view.RateMeter()
         self._directory = directory / "tensorboard"
-        self._writer: Any = None
+        self._writer: TensorBoardWriter | None = None
 
     def __call__(self, snapshot: Snapshot) -> None:
-        self._view(snapshot)
         rate = self._rate.observe(snapshot)
+        self._view.show(snapshot, rate)
         if snapshot.learner.step == 0:
             return
         if self._writer is None:
-            from supervisor.metrics import TensorBoardWriter  # noqa: PLC0415 (see the class)
+            from supervisor.metrics import TensorBoardWriter
 
             self._writer = TensorBoardWriter(self._directory)
         metrics = snapshot.learner.metrics | {"steps_per_second": rate}
@@ -133,65 +190,56 @@ def _versions() -> dict[str, str]:
     return {name: metadata.version(name) for name in names}
 
 
-def _report(console: Console, directory: Path, outcome: RunOutcome, config: Config) -> None:
-    """Print what a run came to and what to do next."""
-    if outcome.evaluations:
-        ordered = {name: outcome.evaluations[name] for name in EVALUATED if name in outcome.evaluations}
-        console.print(view.result_table(ordered))
-        for sentence in view.verdict(ordered, LEARNED):
-            console.print(f"  {sentence}", highlight=False)
-    console.print(f"\nrun {outcome.run_id} {outcome.outcome}: {outcome.reason}", highlight=False)
-    if outcome.checkpoint is not None:
-        checkpoint = outcome.checkpoint
-        console.print(
-            f"checkpoint: {checkpoint.path} (update {checkpoint.learner_step}, {checkpoint.environment_steps} "
-            f"environment steps, state digest {checkpoint.digest})",
-            highlight=False,
-            soft_wrap=True,
-        )
-    if outcome.exit_code:
-        console.print(f"logs of the processes: {directory / 'logs'}", highlight=False, soft_wrap=True)
-    console.print(
-        f"next:\n"
-        f"  simic-supervisor status {directory}\n"
-        f"  simic-supervisor log verify {directory} --owner learner-0\n"
-        f"  tensorboard --logdir {directory / 'tensorboard'}\n"
-        f"  simic-supervisor run --seed {config.simic_trainer.seed + 1}",
-        highlight=False,
-        soft_wrap=True,
-    )
-
-
 @app.command("status")
 def show_status(
     run_dir: RunArgument = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object, schema versioned.")] = False,
 ) -> None:
-    """Show a run: live from its supervisor, or from its files. Exit 0 runs well, 1 degraded or failed, 3 not running."""
-    try:
-        directory = run_dir or status.newest_run(RUNS)
-        snapshot = status.observe(directory)
-    except UnavailableError as error:
-        _fail(str(error), UNKNOWN)
-    if as_json:
-        import msgspec  # noqa: PLC0415
+    """Show a run: live from its supervisor, or from its files.
 
+    Exit status 0 while it runs, 1 degraded or failed, 3 not running any more, 4 unknown.
+    """
+    directory = _directory(run_dir)
+    snapshot, health = _observed(directory)
+    if as_json:
         print(msgspec.json.encode(snapshot).decode())
     else:
-        Console().print(view.status_page(snapshot))
-    codes = {
-        status.Health.RUNNING: OK,
-        status.Health.DEGRADED: FAILED,
-        status.Health.FAILED: FAILED,
-        status.Health.ENDED: NOT_RUNNING,
-    }
-    raise typer.Exit(codes[status.health(snapshot)])
+        console = Console()
+        view.show(console, view.status_page(snapshot))
+        if health is status.Health.ENDED and snapshot.evaluated:
+            view.show_results(console, status.state_of(directory).evaluations, EVALUATED)
+    raise typer.Exit(STATUS_CODE[health])
+
+
+@app.command("is-healthy")
+def is_healthy(run_dir: RunArgument = None) -> None:
+    """Say by the exit status whether a run trains or evaluates with all its processes.
+
+    0 it does; 1 it does not: starting, stopping, degraded, failed; 3 not running any more; 4 unknown.
+    """
+    snapshot, health = _observed(_directory(run_dir))
+    code = GATE_CODE[health]
+    words = (
+        f"{snapshot.state}, update {snapshot.learner.step}, {snapshot.environment.steps} environment steps"
+    )
+    reason = f": {snapshot.reason}" if snapshot.reason else ""
+    print(f"{'healthy' if code == OK else f'not healthy ({health})'}: {words}{reason}")
+    raise typer.Exit(code)
+
+
+def _observed(directory: Path) -> tuple[Snapshot, status.Health]:
+    """What a run looks like; whatever prevents an answer makes it unknown."""
+    try:
+        snapshot = status.observe(directory)
+        return snapshot, status.health(snapshot)
+    except SimicError as error:
+        _fail(str(error), UNKNOWN)
 
 
 @app.command()
 def stop(run_dir: RunArgument = None) -> None:
     """Ask a run to stop: training ends, the learner leaves a checkpoint."""
-    directory = run_dir or status.newest_run(RUNS)
+    directory = _directory(run_dir)
     try:
         reply = status.command(directory, "stop", uuid.uuid4().hex)
     except UnavailableError as error:
@@ -207,72 +255,68 @@ def log_ls(run_dir: RunArgument = None, owner: OwnerOption = "supervisor") -> No
     for segment in audit.list_segments(_journal(run_dir, owner)):
         kinds = ", ".join(f"{kind} {count}" for kind, count in sorted(segment.kinds.items()))
         last = "-" if segment.last_position is None else segment.last_position
-        print(f"{segment.name}  {segment.first_position}..{last}  {segment.records} records  {segment.bytes} bytes  {kinds}")
+        print(
+            f"{segment.name}  {segment.first_position}..{last}  {segment.records} records  {segment.bytes} bytes"
+            f"  {kinds}"
+        )
 
 
 @log_app.command("cat")
 def log_cat(
     run_dir: RunArgument = None,
     owner: OwnerOption = "supervisor",
-    start: Annotated[int, typer.Option(help="First position.")] = 0,
-    limit: Annotated[int | None, typer.Option(help="At most so many records.")] = None,
+    start: Annotated[int, typer.Option(min=0, help="First position.")] = 0,
+    limit: Annotated[int | None, typer.Option(min=0, help="At most so many records.")] = None,
     kind: Annotated[str | None, typer.Option(help="Only this kind.")] = None,
 ) -> None:
     """Print records as JSON lines; frames by their sizes."""
-    for record in _chosen(read(_journal(run_dir, owner), start), kind, limit):
-        print(
-            json.dumps(
-                {
-                    "position": record.position,
-                    "time_ns": record.time_ns,
-                    "kind": record.kind,
-                    "header": record.header,
-                    "frames": [frame.nbytes for frame in record.frames],
-                }
-            )
-        )
-
-
-def _chosen(records: Iterator[Record], kind: str | None, limit: int | None) -> Iterator[Record]:
-    given = 0
-    for record in records:
-        if limit is not None and given >= limit:
-            return
-        if kind is None or record.kind == kind:
-            given += 1
-            yield record
+    records = read(_journal(run_dir, owner), start)
+    chosen = (record for record in records if kind is None or record.kind == kind)
+    for record in itertools.islice(chosen, limit):
+        shown = {
+            "position": record.position,
+            "time_ns": record.time_ns,
+            "kind": record.kind,
+            "header": record.header,
+            "frames": [frame.nbytes for frame in record.frames],
+        }
+        print(msgspec.json.encode(shown).decode())
 
 
 @log_app.command("verify")
-def log_verify(run_dir: RunArgument = None, owner: Annotated[str | None, typer.Option(help="Default: all.")] = None) -> None:
+def log_verify(
+    run_dir: RunArgument = None, owner: Annotated[str | None, typer.Option(help="Default: all.")] = None
+) -> None:
     """Read every byte of the journals and say whether all is as it was written."""
-    directory = run_dir or status.newest_run(RUNS)
-    journals = [_journal(directory, owner)] if owner else sorted(p for p in (directory / "journal").glob("*") if p.is_dir())
+    directory = _directory(run_dir)
+    journals = [_journal(directory, owner)] if owner else _journals(directory)
     if not journals:
         _fail(f"{directory} holds no journal", UNKNOWN)
-    sound = True
-    for journal in journals:
-        report = audit.verify(journal)
-        sound &= report.is_sound
+    reports = [audit.verify(journal) for journal in journals]
+    for journal, report in zip(journals, reports, strict=True):
         print(
             f"{journal.name}: {report.records} records, {report.bytes} bytes in {len(report.segments)} segments: "
             f"{'sound' if report.is_sound else 'DAMAGED'}"
         )
         if report.torn_tail is not None:
             tail = report.torn_tail
-            print(f"  torn tail: {tail.bytes_removed} bytes at {tail.segment}:{tail.offset}; the next writer cuts it off")
+            where = f"{tail.segment.name}:{tail.offset}"
+            print(f"  torn tail: {tail.bytes_removed} bytes at {where}; the next writer cuts it off")
         for damage in report.damage:
             print(f"  {damage.segment}:{damage.offset}: {damage.reason}")
-    raise typer.Exit(OK if sound else FAILED)
+    raise typer.Exit(OK if all(report.is_sound for report in reports) else FAILED)
+
+
+def _journals(directory: Path) -> list[Path]:
+    return sorted(path for path in (directory / "journal").glob("*") if path.is_dir())
 
 
 def _journal(run_dir: Path | None, owner: str) -> Path:
-    directory = run_dir or status.newest_run(RUNS)
-    journal = directory / "journal" / owner
-    if not journal.is_dir():
-        known = sorted(path.name for path in (directory / "journal").glob("*") if path.is_dir())
+    directory = _directory(run_dir)
+    known = {path.name: path for path in _journals(directory)}
+    if owner not in known:
         _fail(f"{directory} has no journal of {owner!r}; it has: {', '.join(known) or 'none'}", UNKNOWN)
-    return journal
+    return known[owner]
 
 
 @config_app.command("check")
@@ -287,28 +331,13 @@ def config_check(
 
 @config_app.command("explain")
 def config_explain(
-    key: Annotated[str, typer.Argument(help="Part of a dotted key; everything by default.")] = "",
+    part: Annotated[str, typer.Argument(help="Part of a dotted key; everything by default.")] = "",
     preset: PresetOption = "digits",
 ) -> None:
-    """Explain keys: meaning, range, default and the preset's value."""
-    config = config_file.load(preset)
-    shown = 0
-    for path, field, value in _fields(Config(), config):
-        if key in path:
-            shown += 1
-            limits = ", ".join(str(rule) for rule in field.metadata)
-            print(f"{path} = {value[1]}  (default {value[0]}{'; ' + limits if limits else ''})\n    {field.description or ''}")
-    if not shown:
-        raise ConfigError("no such key; `config explain` lists all", key)
-
-
-def _fields(default: Any, effective: Any, prefix: str = "") -> Iterator[tuple[str, Any, tuple[Any, Any]]]:
-    for name, field in type(default).model_fields.items():
-        one, other = getattr(default, name), getattr(effective, name)
-        if hasattr(type(one), "model_fields"):
-            yield from _fields(one, other, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", field, (one, other)
+    """Explain keys: meaning, what they accept, default and the preset's value."""
+    for key in config_file.explain(preset, part):
+        facts = ", ".join(fact for fact in (f"default {key.default}", key.allowed) if fact)
+        print(f"{key.path} = {key.value}  ({facts})\n    {key.description}")
 
 
 if __name__ == "__main__":

@@ -1,22 +1,27 @@
-"""Configurations on disk: shipped presets, a user's file, and what a journal recorded."""
+"""Configurations on disk: shipped presets, a user's file, what a journal recorded, and an explanation of every key."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, Literal, NamedTuple, get_args, get_origin
 
 import yaml
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
 from esper_simic.config import Config, parse, parse_mapping
 from esper_simic.errors import ConfigError
 
+PRESETS: Final = resources.files("supervisor") / "presets"
+SUFFIX: Final = ".yaml"
+
 
 def preset_names() -> tuple[str, ...]:
     """Names of the shipped presets."""
-    shipped = resources.files("supervisor") / "presets"
-    return tuple(sorted(entry.name.removesuffix(".yaml") for entry in shipped.iterdir() if entry.name.endswith(".yaml")))
+    names = (entry.name for entry in PRESETS.iterdir())
+    return tuple(sorted(name.removesuffix(SUFFIX) for name in names if name.endswith(SUFFIX)))
 
 
 def load(preset: str, path: Path | None = None, assignments: Sequence[str] = ()) -> Config:
@@ -27,14 +32,24 @@ def load(preset: str, path: Path | None = None, assignments: Sequence[str] = ())
     """
     if preset not in preset_names():
         raise ConfigError(f"unknown preset {preset!r}; shipped: {', '.join(preset_names())}")
-    base = parse_mapping((resources.files("supervisor") / "presets" / f"{preset}.yaml").read_text("utf-8"))
-    text = ""
-    if path is not None:
-        try:
-            text = path.read_text("utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"cannot read {path}: {error}") from error
-    return parse(text, base=base, assignments=assignments)
+    base = parse_mapping((PRESETS / f"{preset}{SUFFIX}").read_text("utf-8"))
+    return parse(_read(path) if path else "", base=base, assignments=assignments)
+
+
+def _read(path: Path) -> str:
+    """The text of a configuration file, known to be YAML: later complaints are about keys, which name themselves."""
+    try:
+        text = path.read_text("utf-8")
+        parse_mapping(text)
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{path} is not UTF-8 text: byte {error.start} is {error.object[error.start]:#x}"
+        ) from None
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    return text
 
 
 def config_of(recorded: dict[str, Any]) -> Config:
@@ -44,3 +59,67 @@ def config_of(recorded: dict[str, Any]) -> Config:
         ConfigError: It was written by a version with other keys.
     """
     return parse(yaml.safe_dump(recorded))
+
+
+class Explained(NamedTuple):
+    """One key in words, as a person would write its values."""
+
+    path: str
+    value: str
+    default: str
+    allowed: str
+    description: str
+
+
+def explain(preset: str, part: str = "") -> list[Explained]:
+    """Explain every key whose dotted path contains `part`, with the preset's value.
+
+    Raises:
+        ConfigError: There is no such preset or key.
+    """
+    explained = [key for key in _explained(Config(), load(preset)) if part in key.path]
+    if not explained:
+        raise ConfigError("no such key; `config explain` lists all", part)
+    return explained
+
+
+def _explained(default: BaseModel, effective: BaseModel, prefix: str = "") -> Iterator[Explained]:
+    for name, field in type(default).model_fields.items():
+        one, other = getattr(default, name), getattr(effective, name)
+        if isinstance(one, BaseModel):
+            yield from _explained(one, other, f"{prefix}{name}.")
+        else:
+            described = field.description or ""
+            yield Explained(f"{prefix}{name}", _words(other), _words(one), allowed_words(field), described)
+
+
+def _words(value: object) -> str:
+    """A value as it stands in a YAML file; `unset` for none."""
+    if value is None:
+        return "unset"
+    if isinstance(value, tuple):
+        return f"[{', '.join(str(item) for item in value)}]"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def allowed_words(field: FieldInfo) -> str:
+    """What a key accepts: `in [1e-06, 0.01]`, `>= 1`, `one of a, b`; empty where its description says it.
+
+    A square bracket includes the bound, a round one does not.
+    """
+    if get_origin(field.annotation) is Literal:
+        choices = get_args(field.annotation)
+        return f"{'one of' if len(choices) > 1 else 'only'} {', '.join(str(choice) for choice in choices)}"
+    if field.annotation is bool:
+        return "true or false"
+    bounds = {name: getattr(rule, name) for rule in field.metadata for name in _BOUNDS if hasattr(rule, name)}
+    low = next(((name, bounds[name]) for name in ("ge", "gt") if name in bounds), None)
+    high = next(((name, bounds[name]) for name in ("le", "lt") if name in bounds), None)
+    if low and high:
+        opening, closing = "[" if low[0] == "ge" else "(", "]" if high[0] == "le" else ")"
+        return f"in {opening}{low[1]}, {high[1]}{closing}"
+    one = low or high
+    return f"{_BOUNDS[one[0]]} {one[1]}" if one else ""
+
+
+_BOUNDS: Final = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}

@@ -1,7 +1,8 @@
 """TensorBoard scalars of a run, under CleanRL's tag names; x is the global environment step.
 
 One writer, in the supervisor. Values come from the learner's progress reports; a report that brings no new
-environment step writes nothing, so x only grows.
+environment step writes nothing, so x only grows. TensorBoard's writer buffers; what it holds reaches the file within
+`FLUSH_INTERVAL_S`, and at `close`.
 """
 
 from __future__ import annotations
@@ -10,9 +11,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
-from tensorboard.compat.proto.event_pb2 import Event
-from tensorboard.compat.proto.summary_pb2 import Summary
-from tensorboard.summary.writer.event_file_writer import EventFileWriter
+from tensorboard.compat.proto.event_pb2 import Event  # type: ignore[import-untyped]
+from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
+from tensorboard.summary.writer.event_file_writer import EventFileWriter  # type: ignore[import-untyped]
+
+from esper_simic.errors import UnavailableError
+
+FLUSH_INTERVAL_S: Final = 10
+"""Longest time after which a watcher sees what was written."""
 
 TAGS: Final = {
     "episodic_return": "charts/episodic_return",
@@ -32,29 +38,62 @@ TAGS: Final = {
     "approx_kl": "losses/approx_kl",
     "explained_variance": "losses/explained_variance",
     "grad_norm": "losses/grad_norm",
-    "clip_fraction": "losses/clip_fraction",
+    "clip_fraction": "losses/clipfrac",
 }
 """Tag of each metric that is shown; a metric without one is not written."""
 
 
 class TensorBoardWriter:
-    """Writes an event file into a run's `tensorboard/` directory."""
+    """Writes an event file into a run's `tensorboard/` directory, made if missing.
+
+    Raises:
+        UnavailableError: The file cannot be made.
+    """
 
     def __init__(self, directory: Path) -> None:
-        directory.mkdir(parents=True, exist_ok=True)
-        self._writer = EventFileWriter(str(directory))
+        self._directory = directory
         self._last_step = -1
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            self._writer = EventFileWriter(str(directory), flush_secs=FLUSH_INTERVAL_S)
+        except OSError as error:
+            raise self._unavailable(error) from error
 
     def write(self, environment_steps: int, metrics: Mapping[str, float], wall_time_s: float) -> None:
-        """Write the metrics that have a tag, unless this step was written already."""
+        """Write the metrics that have a tag, unless this step was written already.
+
+        Args:
+            environment_steps: The x of the points.
+            metrics: Values by the learner's names.
+            wall_time_s: When they were, in seconds since 1970-01-01 UTC.
+
+        Raises:
+            UnavailableError: What was written earlier did not reach the disk.
+        """
         if environment_steps <= self._last_step:
             return
         self._last_step = environment_steps
         values = [
-            Summary.Value(tag=TAGS[name], simple_value=value) for name, value in metrics.items() if name in TAGS
+            Summary.Value(tag=TAGS[name], simple_value=value)
+            for name, value in metrics.items()
+            if name in TAGS
         ]
-        self._writer.add_event(Event(wall_time=wall_time_s, step=environment_steps, summary=Summary(value=values)))
+        event = Event(wall_time=wall_time_s, step=environment_steps, summary=Summary(value=values))
+        try:
+            self._writer.add_event(event)
+        except OSError as error:
+            raise self._unavailable(error) from error
 
     def close(self) -> None:
-        """Write what is buffered and end the writer's thread."""
-        self._writer.close()
+        """Write what is buffered and end the writer's thread; twice is harmless.
+
+        Raises:
+            UnavailableError: It did not reach the disk.
+        """
+        try:
+            self._writer.close()
+        except OSError as error:
+            raise self._unavailable(error) from error
+
+    def _unavailable(self, error: OSError) -> UnavailableError:
+        return UnavailableError(f"cannot write scalars to {self._directory}: {error}")

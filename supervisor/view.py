@@ -1,11 +1,19 @@
-"""What a person sees: a live picture of a run, its result table, a status page."""
+"""What a person sees: a live picture of a run, a status page, and the report at its end.
+
+On a terminal the picture moves. Elsewhere there is a line for every change of state and one now and then: plain ASCII,
+no colour, nothing cut to a width nobody has.
+"""
 
 from __future__ import annotations
 
+import os
+import shlex
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Final
 
+from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
@@ -13,12 +21,22 @@ from rich.table import Table
 from rich.text import Text
 
 from supervisor.events import PolicyEvaluated
+from supervisor.outcome import RunOutcome
 from supervisor.state import Phase
-from supervisor.vitals import Snapshot
+from supervisor.vitals import ProcessView, Snapshot
 
 RATE_WINDOW_S: Final = 10.0
 PLAIN_INTERVAL_S: Final = 10.0
+PROCESS_ROWS_MAX: Final = 12
+"""More processes are summed up in a last row, so that the picture fits a terminal."""
+
+UNBOUNDED_COLUMNS: Final = 400
+"""Width for output that no terminal cuts; a table takes only what it needs."""
+
 MIB: Final = 2**20
+
+LEARNED: Final = "learned"
+"""The policy that the run trained; the others are its rivals."""
 
 METRICS: Final = (
     ("episodic_return", "return", "{:.2f}"),
@@ -32,20 +50,47 @@ METRICS: Final = (
     ("policy_lag", "policy lag", "{:.1f}"),
     ("grad_norm", "gradient norm", "{:.2f}"),
 )
+"""The learner's metrics that are shown: name, words, format."""
+
+LINE_METRICS: Final = frozenset(name for name, _, _ in METRICS) - {
+    "approx_kl",
+    "explained_variance",
+    "grad_norm",
+}
+"""Those of them that fit a line."""
+
+
+class SteadyConsole(Console):
+    """A console for a long run, which outlives whoever reads its output.
+
+    When the reader of a pipe goes away, nothing more is shown and the run goes on: it is in its journal and can be
+    watched with `status`. Other consoles end the program then.
+    """
+
+    def on_broken_pipe(self) -> None:
+        """Write nothing more, and let what is still buffered go nowhere."""
+        self.quiet = True
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self.file.fileno())
+        os.close(nowhere)
 
 
 class RateMeter:
-    """Environment steps per second over the last `RATE_WINDOW_S`."""
+    """Environment steps per second over the last `RATE_WINDOW_S` of training."""
 
     def __init__(self) -> None:
         self._points: deque[tuple[float, int]] = deque()
 
     def observe(self, snapshot: Snapshot) -> float:
-        """Take a snapshot in; give the rate, 0 while training has not begun."""
+        """Take a snapshot in; give the rate, 0 while training has not begun.
+
+        The oldest point kept is the last one that is at least as old as the window; after the end of training time
+        stands still, and so does the rate.
+        """
         at_s, steps = snapshot.training_elapsed_s, snapshot.environment.steps
         if not self._points or at_s > self._points[-1][0]:
             self._points.append((at_s, steps))
-        while len(self._points) > 2 and self._points[0][0] < at_s - RATE_WINDOW_S:
+        while len(self._points) > 2 and self._points[1][0] <= at_s - RATE_WINDOW_S:
             self._points.popleft()
         (from_s, from_steps), (to_s, to_steps) = self._points[0], self._points[-1]
         return (to_steps - from_steps) / (to_s - from_s) if to_s > from_s else 0.0
@@ -56,15 +101,13 @@ class LiveView:
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._rate = RateMeter()
         self._live: Live | None = None
         self._next_line_s = 0.0
         self._last_state = ""
 
-    def __call__(self, snapshot: Snapshot) -> None:
-        """Show one snapshot."""
-        rate = self._rate.observe(snapshot)
-        if self._console.is_terminal:
+    def show(self, snapshot: Snapshot, rate: float) -> None:
+        """Show one snapshot; `rate` in environment steps per second."""
+        if self._console.is_terminal and not self._console.is_dumb_terminal:
             if self._live is None:
                 self._live = Live(console=self._console, auto_refresh=False, transient=True)
                 self._live.start()
@@ -72,29 +115,49 @@ class LiveView:
         elif snapshot.state != self._last_state or snapshot.elapsed_s >= self._next_line_s:
             self._last_state = snapshot.state
             self._next_line_s = snapshot.elapsed_s + PLAIN_INTERVAL_S
-            self._console.print(line(snapshot, rate), highlight=False, soft_wrap=True)
+            tell(self._console, line(snapshot, rate))
 
     def close(self) -> None:
-        """Take the moving picture away."""
+        """Take the moving picture away; twice is harmless."""
         if self._live is not None:
             self._live.stop()
+            self._live = None
+
+
+def tell(console: Console, text: str) -> None:
+    """Print lines as they are: what looks like markup is none, and nothing is wrapped or coloured."""
+    console.out(text, highlight=False)
+
+
+def show(console: Console, what: RenderableType) -> None:
+    """Print a page or a table: as wide as the terminal allows, elsewhere as wide as it is."""
+    if console.is_terminal:
+        console.print(what)
+    else:
+        console.print(what, width=UNBOUNDED_COLUMNS, crop=False, no_wrap=True, overflow="ignore")
 
 
 def line(snapshot: Snapshot, rate: float) -> str:
     """One line for a log."""
     words = [f"[{snapshot.elapsed_s:6.1f} s] {snapshot.state}"]
     if snapshot.state == Phase.EVALUATING:
-        words.append(f"{len(snapshot.evaluated)} of {len(snapshot.to_evaluate)} policies measured")
-    else:
-        words += [f"steps {snapshot.environment.steps}", f"{rate:.0f} steps/s", f"updates {snapshot.learner.step}"]
-        metrics = snapshot.learner.metrics
-        words += [f"{label} {form.format(metrics[name])}" for name, label, form in METRICS[:6] if name in metrics]
-        if "policy_lag" in metrics:
-            words.append(f"lag {metrics['policy_lag']:.1f}")
-        words.append(f"memory {sum(process.memory_bytes for process in snapshot.processes) / MIB:.0f} MiB")
-        left_s = time_left_s(snapshot, rate)
-        if left_s is not None:
-            words.append(f"{left_s:.0f} s left")
+        words.append(_measured(snapshot))
+        return "  ".join(words)
+    words += [
+        f"steps {snapshot.environment.steps}",
+        f"{rate:.0f} steps/s",
+        f"updates {snapshot.learner.step}",
+    ]
+    metrics = snapshot.learner.metrics
+    words += [
+        f"{label} {form.format(metrics[name])}"
+        for name, label, form in METRICS
+        if name in metrics and name in LINE_METRICS
+    ]
+    words.append(f"memory {_mib(snapshot.processes)} MiB")
+    left_s = time_left_s(snapshot, rate)
+    if left_s is not None:
+        words.append(f"{left_s:.0f} s left")
     return "  ".join(words)
 
 
@@ -111,68 +174,104 @@ def time_left_s(snapshot: Snapshot, rate: float) -> float | None:
 
 
 def picture(snapshot: Snapshot, rate: float) -> RenderableType:
-    """The whole picture of a run."""
-    head = Text.assemble(
+    """The whole picture of a run that goes on."""
+    return Group(_head(snapshot), _progress(snapshot), _numbers(snapshot, rate), processes(snapshot))
+
+
+def _head(snapshot: Snapshot) -> Text:
+    return Text.assemble(
         ("simic ", "bold"),
         (f"{snapshot.preset} ", "bold cyan"),
         f"{snapshot.state}  ",
         (f"{snapshot.run_dir}", "dim"),
     )
-    numbers = Table.grid(padding=(0, 2))
-    numbers.add_row("environment steps", f"{snapshot.environment.steps:,}", "steps/s", f"{rate:.0f}")
-    numbers.add_row("updates", f"{snapshot.learner.step:,}", "elapsed", f"{snapshot.elapsed_s:.0f} s")
-    metrics = [
-        (label, form.format(snapshot.learner.metrics[name]))
-        for name, label, form in METRICS
-        if name in snapshot.learner.metrics
+
+
+def _numbers(snapshot: Snapshot, rate: float) -> Table:
+    cells = [
+        ("environment steps", f"{snapshot.environment.steps:,}"),
+        ("steps/s", f"{rate:.0f}"),
+        ("updates", f"{snapshot.learner.step:,}"),
+        ("elapsed", f"{snapshot.elapsed_s:.0f} s"),
     ]
-    for left, right in zip(metrics[::2], [*metrics[1::2], ("", "")], strict=False):
-        numbers.add_row(*left, *right)
-    return Group(head, _progress(snapshot, rate), numbers, processes(snapshot))
+    metrics = snapshot.learner.metrics
+    cells += [(label, form.format(metrics[name])) for name, label, form in METRICS if name in metrics]
+    left_s = time_left_s(snapshot, rate)
+    if left_s is not None:
+        cells.append(("training left", f"about {left_s:.0f} s"))
+    cells += [("", "")] * (len(cells) % 2)
+    table = Table.grid(padding=(0, 2))
+    for left, right in zip(cells[::2], cells[1::2], strict=True):
+        table.add_row(*left, *right)
+    return table
 
 
-def _progress(snapshot: Snapshot, rate: float) -> RenderableType:
+def _progress(snapshot: Snapshot) -> RenderableType:
     if snapshot.state == Phase.EVALUATING:
         done, total = float(len(snapshot.evaluated)), float(len(snapshot.to_evaluate))
-        words = f"{done:.0f} of {total:.0f} policies measured on held-out episodes"
-    elif snapshot.max_seconds is not None:
-        done, total = snapshot.training_elapsed_s, snapshot.max_seconds
-        left_s = time_left_s(snapshot, rate)
-        words = "" if left_s is None else f"{left_s:.0f} s of training left"
-    elif snapshot.max_steps is not None:
-        done, total = float(snapshot.environment.steps), float(snapshot.max_steps)
-        left_s = time_left_s(snapshot, rate)
-        words = "" if left_s is None else f"about {left_s:.0f} s of training left"
+        words = f"{_measured(snapshot)} on held-out episodes"
+    elif snapshot.max_seconds is not None or snapshot.max_steps is not None:
+        done, total = _done_of_limit(snapshot)
+        words = f"{min(1.0, done / total):.0%} of the training"
     else:
         return Text("no limit set; stop with Ctrl-C", style="dim")
     row = Table.grid(padding=(0, 2))
-    row.add_row(ProgressBar(total=max(total, 1e-9), completed=min(done, total), width=40), words)
+    row.add_row(ProgressBar(total=max(total, 1.0), completed=min(done, total), width=40), words)
     return row
 
 
-def processes(snapshot: Snapshot) -> Table:
-    """The process table."""
+def _measured(snapshot: Snapshot) -> str:
+    return f"{len(snapshot.evaluated)} of {len(snapshot.to_evaluate)} policies measured"
+
+
+def _done_of_limit(snapshot: Snapshot) -> tuple[float, float]:
+    """What is done and the limit, of that limit of the two that is nearer."""
+    limits = []
+    if snapshot.max_seconds is not None:
+        limits.append((snapshot.training_elapsed_s, snapshot.max_seconds))
+    if snapshot.max_steps is not None:
+        limits.append((float(snapshot.environment.steps), float(snapshot.max_steps)))
+    return max(limits, key=lambda limit: limit[0] / limit[1])
+
+
+def processes(snapshot: Snapshot, rows_max: int = PROCESS_ROWS_MAX) -> Table:
+    """The process table; what goes beyond `rows_max` is summed up in a row."""
     table = Table(box=None, padding=(0, 2), header_style="dim")
-    for column, justify in (("process", "left"), ("pid", "right"), ("state", "left"), ("memory MiB", "right")):
-        table.add_column(column, justify=justify)  # type: ignore[arg-type]
+    table.add_column("process")
+    table.add_column("pid", justify="right")
+    table.add_column("state")
+    table.add_column("memory MiB", justify="right")
     table.add_column("restarts", justify="right")
     table.add_column("waits for")
-    for process in snapshot.processes:
+    shown = snapshot.processes
+    if len(shown) > rows_max:
+        shown = shown[: rows_max - 1]
+    for process in shown:
         table.add_row(
             f"{process.role}-{process.index}",
             str(process.pid or "-"),
             process.state,
-            f"{process.memory_bytes / MIB:.0f}" if process.memory_bytes else "-",
+            _mib([process]) if process.memory_bytes else "-",
             str(process.restarts),
             process.waiting_for,
         )
+    rest = snapshot.processes[len(shown) :]
+    if rest:
+        restarts = sum(process.restarts for process in rest)
+        table.add_row(f"and {len(rest)} more", "", "", _mib(rest), str(restarts), "")
     return table
 
 
+def _mib(some: Sequence[ProcessView]) -> str:
+    return f"{sum(process.memory_bytes for process in some) / MIB:.0f}"
+
+
 def status_page(snapshot: Snapshot) -> RenderableType:
-    """What `simic-supervisor status` prints for a person."""
+    """What `simic-supervisor status` prints for a person; the rate is the mean over the whole training."""
     rate = snapshot.environment.steps / snapshot.training_elapsed_s if snapshot.training_elapsed_s else 0.0
-    parts: list[RenderableType] = [picture(snapshot, rate)]
+    parts: list[RenderableType] = [_head(snapshot), _numbers(snapshot, rate), processes(snapshot)]
+    if snapshot.to_evaluate and snapshot.state not in (Phase.STARTING, Phase.TRAINING):
+        parts.append(Text(f"evaluation  {_measured(snapshot)}"))
     if snapshot.checkpoint:
         parts.append(Text(f"checkpoint  {snapshot.checkpoint}"))
     if snapshot.reason:
@@ -180,39 +279,82 @@ def status_page(snapshot: Snapshot) -> RenderableType:
     return Group(*parts)
 
 
-def result_table(evaluations: Mapping[str, PolicyEvaluated]) -> Table:
+def report(console: Console, directory: Path, outcome: RunOutcome, order: Sequence[str], again: str) -> None:
+    """Print what a run came to and what to do next; `again` is the command for another run like it."""
+    if outcome.evaluations:
+        show_results(console, outcome.evaluations, order)
+    lines = ["", f"run {outcome.run_id} {outcome.outcome}: {outcome.reason}"]
+    if outcome.checkpoint is not None:
+        checkpoint = outcome.checkpoint
+        lines.append(
+            f"checkpoint: {checkpoint.path} (update {checkpoint.learner_step}, {checkpoint.environment_steps} "
+            f"environment steps, state digest {checkpoint.digest})"
+        )
+    if outcome.exit_code:
+        lines.append(f"logs of the processes: {directory / 'logs'}")
+    place = shlex.quote(str(directory))
+    lines += [
+        "next:",
+        f"  simic-supervisor status {place}",
+        f"  simic-supervisor log verify {place} --owner learner-0",
+        f"  tensorboard --logdir {shlex.quote(str(directory / 'tensorboard'))}",
+        f"  simic-supervisor {again}",
+    ]
+    tell(console, "\n".join(lines))
+
+
+def show_results(
+    console: Console, evaluations: Mapping[str, PolicyEvaluated], order: Sequence[str] = ()
+) -> None:
+    """Print the table, policies in the given order and others after them, and the verdict under it."""
+    ordered = {name: evaluations[name] for name in (*order, *evaluations) if name in evaluations}
+    show(console, result_table(ordered, box.HEAVY_HEAD if console.is_terminal else box.ASCII))
+    for sentence in verdict(ordered):
+        tell(console, f"  {sentence}")
+
+
+def result_table(evaluations: Mapping[str, PolicyEvaluated], border: box.Box = box.HEAVY_HEAD) -> Table:
     """Return, host accuracy and added parameters of every policy, with 95 % intervals, always the three together."""
     episodes = max((len(evaluated.returns) for evaluated in evaluations.values()), default=0)
-    table = Table(title=f"{episodes} held-out episodes each, same seeds; mean [95 % interval]", title_justify="left")
-    table.add_column("policy")
-    for column in ("return", "host accuracy %", "parameters added"):
-        table.add_column(column, justify="right")
+    title = Text(f"{episodes} held-out episodes each, same seeds; mean [95 % interval]")
+    table = Table(title=title, title_justify="left", box=border)
+    table.add_column("policy", overflow="fold")
+    for _, label, _ in _COMPARED:
+        table.add_column(label, justify="right", overflow="fold")
     for name, evaluated in evaluations.items():
-        cells = [
-            "{:.{d}f} [{:.{d}f}, {:.{d}f}]".format(
-                *(evaluated.summary[f"{key}_{part}"] for part in ("mean", "low", "high")), d=digits
-            )
-            for key, digits in (("return", 2), ("accuracy", 1), ("parameters", 0))
-        ]
-        table.add_row(name, *cells, style="bold" if name == "learned" else None)
+        cells = [Text(_interval(evaluated.summary, key, digits)) for key, _, digits in _COMPARED]
+        table.add_row(Text(name), *cells, style="bold" if name == LEARNED else None)
     return table
 
 
-def verdict(evaluations: Mapping[str, PolicyEvaluated], learned: str) -> list[str]:
+def _interval(summary: Mapping[str, float], key: str, digits: int) -> str:
+    mean, low, high = (f"{summary[f'{key}_{part}']:.{digits}f}" for part in ("mean", "low", "high"))
+    return f"{mean} [{low}, {high}]"
+
+
+def verdict(evaluations: Mapping[str, PolicyEvaluated]) -> list[str]:
     """A sentence on each rival: whether the learned policy's interval lies above, below, or touches, in each figure."""
-    if learned not in evaluations:
+    if LEARNED not in evaluations:
         return []
-    own = evaluations[learned].summary
+    own = evaluations[LEARNED].summary
     sentences = []
     for name, evaluated in evaluations.items():
-        if name == learned:
+        if name == LEARNED:
             continue
-        words = [f"{_relation(own, evaluated.summary, key)} in {label}" for key, label in _COMPARED]
-        sentences.append(f"{learned} against {name}: {', '.join(words)}")
+        words = [
+            f"{_relation(own, evaluated.summary, key)} in {label.removesuffix(' %')}"
+            for key, label, _ in _COMPARED
+        ]
+        sentences.append(f"{LEARNED} against {name}: {', '.join(words)}")
     return sentences
 
 
-_COMPARED: Final = (("return", "return"), ("accuracy", "accuracy"), ("parameters", "parameters added"))
+_COMPARED: Final = (
+    ("return", "return", 2),
+    ("accuracy", "host accuracy %", 1),
+    ("parameters", "parameters added", 0),
+)
+"""What is compared: key of the summary, words, digits."""
 
 
 def _relation(own: Mapping[str, float], other: Mapping[str, float], key: str) -> str:

@@ -32,8 +32,10 @@ def test_parts_do_not_run_together() -> None:
 
 
 def test_another_process_draws_the_same() -> None:
-    code = "from esper_simic import seeding; print(seeding.derive(7, 'actor', 0), *seeding.generator(7, 'x').integers(99, size=4))"
-    # -X importtime and hash randomisation must not matter; a stream may not depend on the process.
+    code = (
+        "from esper_simic import seeding; "
+        "print(seeding.derive(7, 'actor', 0), *seeding.generator(7, 'x').integers(99, size=4))"
+    )
     printed = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout.split()

@@ -105,8 +105,8 @@ def test_buffer_holds_the_newest_and_gives_back_what_went_in(data: st.DataObject
     for position in range(data.draw(st.integers(1, 8))):
         lanes = data.draw(st.integers(1, 4))
         buffer.consume_all()
-        serials = buffer.insert(make(lanes, seed=position, mark=100.0 * position), position + 5, position * 3)
-        assert serials == range(len(model), len(model) + lanes)
+        given = buffer.insert(make(lanes, seed=position, mark=100.0 * position), position + 5, position * 3)
+        assert given == range(len(model), len(model) + lanes)
         model += [(100.0 * position + lane, position + 5, position * 3) for lane in range(lanes)]
     held = model[-capacity:]
     assert len(buffer) == len(held)

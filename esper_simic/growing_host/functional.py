@@ -206,7 +206,7 @@ class _Graft(Function):
         lanes, alpha, seed_share = ctx.saved_tensors
         g = gradient if lanes is None else gradient.index_select(0, lanes)
         g_seed = g * _per_row(seed_share, g)
-        g_host = g * _per_row(alpha, g)
+        g_host = g * _per_row(1 - alpha, g)
         if lanes is not None:
             g_host = gradient.index_copy(0, lanes, g_host)
         return g_host, g_seed, None, None, None

@@ -149,7 +149,7 @@ class GraphPolicy(nn.Module):
         flat = {key: tensor.flatten(0, 1) for key, tensor in observations.items()}
         encoded = self.encoder(flat, self.normaliser(flat))
         inputs = encoded.graph.reshape(length, batch, -1)
-        output, cell = state.split(self._hidden, dim=-1)
+        output, cell = state.chunk(2, dim=-1)
         goes_on = (~episode_start).to(inputs.dtype).unsqueeze(-1)
         outputs = []
         for t in range(length):

@@ -27,8 +27,10 @@ from esper_simic.errors import InvariantViolation
 from esper_simic.growing_host import masks
 from esper_simic.growing_host.controllers import RandomController, waiting
 from esper_simic.growing_host.core import GrowingHosts
+from esper_simic.growing_host.grafts import seeds_in_validation
 from esper_simic.growing_host.slots import NO_BLUEPRINT, SlotTable
 from esper_simic.lifecycle import BLENDED, TRANSITIONS, Event, SeedStage
+from esper_simic.rewards import fossil_bonus
 
 LANES = 4
 SLOTS = 3
@@ -176,19 +178,56 @@ def give(hosts, **choices):
     return hosts.step(actions)
 
 
-def test_a_refused_action_is_not_rewarded_as_done():
-    """The trap: FOSSILIZE whose gate refuses must pay neither bonus nor potential (gates not masked)."""
-    hosts = fresh(SMALL.model_copy(update={"mask_gates": False}))
-    assert give(hosts, op=Op.GERMINATE, slot=2).succeeded.all()
-    hosts.slots.stage[:, 2] = SeedStage.HOLDING
-    hosts.slots.contribution[:, 2] = hosts.slots.progress[:, 2] = 9.0
-    hosts.slots.gradient_health[:, 2] = 1.0
-    hosts.slots.exploding[:, 2] = True
-    hosts._legal = masks.legality(hosts.slots, hosts.config)
+def grown_to_holding(config, lanes=8):
+    """Hosts with a `conv_light` seed in the last slot, led to HOLDING by actions; and the lanes that got there."""
+    hosts = fresh(config.model_copy(update={"train_batch_size": 32, "train_batches": 8}), lanes=lanes)
+    for op in (Op.GERMINATE, *[Op.ADVANCE] * 2, *[Op.WAIT] * 2, Op.ADVANCE, *[Op.WAIT] * 6):
+        give(hosts, op=op, slot=2)
+    arrived = np.flatnonzero(hosts.slots.stage[:, 2] == SeedStage.HOLDING)
+    assert len(arrived) >= lanes // 2, "hosts of these seeds no longer reach HOLDING"
+    return hosts, arrived
+
+
+def test_a_fossilize_that_happened_is_paid_by_what_the_controller_could_see():
+    hosts, arrived = grown_to_holding(SMALL)
+    contribution, progress = hosts.slots.contribution[:, 2].copy(), hosts.slots.progress[:, 2].copy()
+    worthy = arrived[contribution[arrived] > 0]
+    assert len(worthy)
     result = give(hosts, op=Op.FOSSILIZE, slot=2)
-    assert not result.succeeded.any()
-    assert (hosts.slots.stage[:, 2] == SeedStage.HOLDING).all()
-    assert (result.reward_parts["fossil_bonus"] == 0).all()
+    assert result.succeeded[arrived].all()
+    expected = fossil_bonus(contribution, progress, hosts.config.reward)
+    np.testing.assert_allclose(result.reward_parts["fossil_bonus"][arrived], expected[arrived])
+    assert (result.reward_parts["fossil_bonus"][worthy] > 0).all()
+    assert (give(hosts, op=Op.WAIT).reward_parts["fossil_bonus"] == 0).all()
+
+
+def test_a_refused_fossilize_is_not_rewarded_as_done():
+    """The trap: the gate refuses a seed in HOLDING that contributes (gates not masked): no bonus, no potential."""
+    config = SMALL.model_copy(update={"mask_gates": False})
+    (hosts, arrived), (waited, _) = grown_to_holding(config), grown_to_holding(config)
+    for each in (hosts, waited):
+        each.slots.exploding[:] = True
+        each._legal = masks.legality(each.slots, each.config)
+    refused = give(hosts, op=Op.FOSSILIZE, slot=2)
+    plain = give(waited, op=Op.WAIT)
+    assert (hosts.slots.contribution[arrived, 2] > 0).any()
+    assert not refused.succeeded.any()
+    assert (hosts.slots.stage[arrived, 2] == SeedStage.HOLDING).all()
+    assert (refused.reward_parts["fossil_bonus"] == 0).all()
+    for name, part in plain.reward_parts.items():
+        assert (refused.reward_parts[name] == part).all(), name
+
+
+def test_contribution_and_progress_are_differences_of_measured_accuracies():
+    hosts, arrived = grown_to_holding(SMALL)
+    germinated = hosts.slots.accuracy_at_germination[arrived, 2]
+    fresh_accuracy = fresh(hosts.config, lanes=hosts.lanes).accuracy[arrived]
+    np.testing.assert_array_equal(germinated, fresh_accuracy)
+    np.testing.assert_allclose(hosts.slots.progress[arrived, 2], hosts.accuracy[arrived] - germinated)
+    ablate = hosts.slots.stage == SeedStage.HOLDING
+    seeds = seeds_in_validation(hosts.slots.stage, hosts.slots.blueprint, hosts.slots.alpha)
+    without = hosts._validator.measure(seeds, ablate).accuracy_without[arrived, 2]
+    np.testing.assert_allclose(hosts.slots.contribution[arrived, 2], hosts.accuracy[arrived] - without)
 
 
 def test_germinating_into_an_occupied_slot_pays_nothing():

@@ -37,7 +37,7 @@ def observations(rng: np.random.Generator, *lead: int, spec: ObservationSpec = S
     host_mask = np.arange(spec.host_nodes) < layers[:, None]
     host_nodes = rng.normal(size=(count, spec.host_nodes, spec.host_features))
     slot_nodes = rng.normal(size=(count, spec.slots, spec.slot_features))
-    arrays = {
+    arrays: dict[str, np.ndarray] = {
         "host_nodes": (host_nodes * host_mask[..., None]).astype(np.float32),
         "host_mask": host_mask.astype(np.int8),
         "slot_nodes": (slot_nodes * occupied[..., None]).astype(np.float32),
@@ -79,7 +79,13 @@ def legal_choices(mask: Tensor, op: int, layout: MaskLayout = SPEC.mask_layout) 
 
 
 def trajectory(
-    policy: GraphPolicy, seed: int, length: int, lanes: int, *, ends: float = 0.15, spec: ObservationSpec = SPEC
+    policy: GraphPolicy,
+    seed: int,
+    length: int,
+    lanes: int,
+    *,
+    ends: float = 0.15,
+    spec: ObservationSpec = SPEC,
 ) -> Trajectory:
     """What `policy` does in random states, with random rewards and episodes; some of them are cut from outside."""
     rng = np.random.default_rng(seed)

@@ -74,7 +74,9 @@ def test_inversion_equals_a_walk_along_the_choices(seed: int, size: int, uniform
 
 
 @pytest.mark.parametrize("legal", [row for row in itertools.product((False, True), repeat=5) if any(row)])
-def test_the_ends_of_the_unit_interval_give_the_first_and_the_last_legal_choice(legal: tuple[bool, ...]) -> None:
+def test_the_ends_of_the_unit_interval_give_the_first_and_the_last_legal_choice(
+    legal: tuple[bool, ...],
+) -> None:
     logits = torch.where(torch.tensor(legal), torch.tensor([0.3, -2.0, 5.0, 0.0, -7.0]), MASKED_LOGIT)
     first, last = legal.index(True), 4 - legal[::-1].index(True)
     ends = torch.tensor([0.0, math.nextafter(1.0, 0.0)], dtype=torch.float64)
@@ -127,7 +129,7 @@ def test_a_masked_choice_has_no_probability(heads: FactoredHeads) -> None:
 
 def every_action(mask: Tensor) -> Tensor:
     """All actions of a state that differ in a relevant head; others hold 0."""
-    rows = []
+    rows: list[tuple[int, ...]] = []
     for op in legal_choices(mask, Op.WAIT)["op"]:
         legal = legal_choices(mask, op)
         relevant = RELEVANT_HEADS[Op(op)]
@@ -141,7 +143,7 @@ def test_probabilities_of_all_actions_sum_to_one(heads: FactoredHeads, seed: int
     arguments = inputs(seed, 1)
     actions = every_action(arguments[2][0])
     found = heads.evaluate(*repeated(arguments, len(actions)), actions)
-    assert float(found.log_probs.double().exp().sum()) == pytest.approx(1.0, abs=1e-5)
+    assert found.log_probs.detach().double().exp().sum().item() == pytest.approx(1.0, abs=1e-5)
 
 
 def test_frequencies_are_the_probabilities(heads: FactoredHeads) -> None:
@@ -202,8 +204,8 @@ def test_log_probability_and_entropy_are_sums_over_relevant_heads(heads: Factore
     arguments, actions = with_op(op, seed=10)
     found = heads.evaluate(*arguments, actions)
     for total, parts in ((found.log_probs, found.head_log_probs), (found.entropy, found.head_entropies)):
-        expected = sum(float(part) for head, part in parts.items() if head in RELEVANT_HEADS[op])
-        assert float(total) == pytest.approx(expected, abs=1e-5)
+        expected = sum(part.item() for head, part in parts.items() if head in RELEVANT_HEADS[op])
+        assert total.item() == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize("op", Op)
@@ -222,7 +224,7 @@ def test_an_irrelevant_head_gets_exactly_no_gradient(heads: FactoredHeads, op: O
     arguments, actions = with_op(op, seed=12)
     heads.zero_grad()
     found: HeadEvaluation = heads.evaluate(*arguments, actions)
-    (found.log_probs + found.entropy).sum().backward()  # type: ignore[no-untyped-call]
+    (found.log_probs + found.entropy).sum().backward()
     rows = heads.choice_out.weight.grad
     slot = heads.slot_out.weight.grad
     assert rows is not None
@@ -253,7 +255,10 @@ def test_entropies_are_shares_of_the_largest_possible_one(heads: FactoredHeads) 
     for head, entropy in found.head_entropies.items():
         assert (entropy >= 0).all(), head
         assert (entropy <= 1 + 1e-6).all(), head
-        counts = [len(legal_choices(mask, int(row[OP]))[head]) for row, mask in zip(actions, arguments[2], strict=True)]
+        counts = [
+            len(legal_choices(mask, int(row[OP]))[head])
+            for row, mask in zip(actions, arguments[2], strict=True)
+        ]
         single = torch.tensor(counts) == 1
         assert not entropy[single].any(), head
         assert (entropy[~single] > 0).all(), head
@@ -270,16 +275,16 @@ def test_uniform_choices_have_entropy_one() -> None:
     for row, (action, mask) in enumerate(zip(actions, arguments[2], strict=True)):
         for head, legal in legal_choices(mask, int(action[OP])).items():
             expected = 0.0 if len(legal) == 1 else 1.0
-            assert float(found.head_entropies[head][row]) == pytest.approx(expected, abs=1e-6), head
+            assert found.head_entropies[head][row].item() == pytest.approx(expected, abs=1e-6), head
 
 
 def test_a_head_entropy_equals_its_formula(heads: FactoredHeads) -> None:
     arguments, actions = with_op(Op.GERMINATE, seed=16)
-    entropy = float(heads.evaluate(*arguments, actions).head_entropies["blueprint"])
+    entropy = heads.evaluate(*arguments, actions).head_entropies["blueprint"].item()
     total, size = 0.0, CHOICES["blueprint"]
     for choice in range(size):
         actions[0, HEADS.index("blueprint")] = choice
-        log_prob = float(heads.evaluate(*arguments, actions).head_log_probs["blueprint"])
+        log_prob = heads.evaluate(*arguments, actions).head_log_probs["blueprint"].item()
         total -= math.exp(log_prob) * log_prob
     assert entropy == pytest.approx(total / math.log(size), abs=1e-6)
 

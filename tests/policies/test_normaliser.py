@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -38,7 +40,7 @@ def test_any_split_gives_the_moments_of_all_rows(seed: int, cuts: list[int]) -> 
         seen[key] = seen[key] * 3 + 5
     normaliser = RunningNormaliser(SPEC)
     bounds = [0, *sorted(cuts), 30]
-    for start, stop in zip(bounds, bounds[1:], strict=False):
+    for start, stop in itertools.pairwise(bounds):
         if start < stop:
             normaliser.update(part(seen, slice(start, stop)))
     state = normaliser.state_dict()
@@ -84,7 +86,9 @@ def test_absent_rows_come_out_as_zero_and_present_ones_normalised() -> None:
     for key, mask in present.items():
         assert not found[key][~mask].any(), key
         expected = rows(seen, key)
-        expected = (expected - expected.mean(axis=0)) / np.sqrt(np.maximum(expected.var(axis=0), VARIANCE_MIN))
+        expected = (expected - expected.mean(axis=0)) / np.sqrt(
+            np.maximum(expected.var(axis=0), VARIANCE_MIN)
+        )
         assert found[key][mask].numpy() == pytest.approx(expected, abs=1e-5), key
 
 

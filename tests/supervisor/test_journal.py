@@ -369,6 +369,34 @@ def test_a_full_backlog_blocks_append_until_the_disk_has_caught_up(tmp_path, mon
         assert journal.counters.backlog_bytes == 0
 
 
+def test_an_append_that_needs_room_does_not_wait_for_the_interval(tmp_path):
+    with open_journal(tmp_path, backlog_bytes_max=1000, commit_interval_ms=1e9) as journal:
+        assert journal.append("Big", {}, [bytes(900)]) == 0
+        assert journal.append("Next", {}, [bytes(900)]) == 1
+        assert journal.durable_position == 1
+        assert journal.counters.backlog_waits == 1
+
+
+@settings(max_examples=20)
+@given(st.lists(facts, min_size=1, max_size=8), st.integers(100, 40_000))
+def test_a_kernel_that_takes_a_write_in_pieces(tmp_path_factory, appended, piece_bytes):
+    directory = tmp_path_factory.mktemp("journal")
+
+    def write_a_piece(descriptor, buffers):
+        return os.write(descriptor, b"".join(buffers)[:piece_bytes])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "writev", write_a_piece)
+        with open_journal(directory) as journal:
+            for fact in appended:
+                journal.append(
+                    fact[0], fact[1], frames=[b"large" * 5000]
+                )  # frames of this size keep their own buffer
+    records = contents(directory)
+    assert [record[1:3] for record in records] == [fact[:2] for fact in appended]
+    assert all(record[3] == [b"large" * 5000] for record in records)
+
+
 WRITER = """
 import os, sys
 from supervisor.journal import Journal

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import psutil
 import pytest
 
 from esper_simic.errors import UnavailableError
+from supervisor import processes
 from supervisor.bus import Poller, Received, Server, ipc_endpoint, runtime_directory
 from supervisor.child import DEAF_TO, ChildSpec, log_path, stacks_path
 from supervisor.events import ChildId, ExitReason
@@ -328,3 +330,59 @@ def test_a_fork_server_that_cannot_be_started_is_unavailable(
     with pytest.raises(UnavailableError, match="no more processes"):
         LocalPlacement(tmp_path, {})
     assert dict(os.environ) == before
+
+
+def test_a_fork_server_that_never_answers_is_ended_and_the_start_has_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "LAUNCH_TIMEOUT_S", 0.2)
+    with LocalPlacement(
+        tmp_path, {"actor": "nobody:main"}, preload=["tests.supervisor.never_imported"]
+    ) as placement:
+        placement.start(ChildSpec(who=ACTOR, run_id="", run_dir=str(tmp_path), endpoints={}, config_text=""))
+        news: list[Spawned | Gone] = []
+        deadline_s = time.monotonic() + DEADLINE_S
+        while not news:
+            assert time.monotonic() < deadline_s
+            select.select(list(placement.descriptors), [], [], 0.1)
+            news = placement.collect()
+    assert [(type(item), item.who) for item in news] == [(Gone, ACTOR)]
+    assert isinstance(news[0], Gone)
+    assert news[0].reason is ExitReason.NOT_STARTED
+
+
+def test_closing_does_not_wait_for_a_fork_server_that_never_answers(tmp_path: Path) -> None:
+    with LocalPlacement(
+        tmp_path, {"actor": "nobody:main"}, preload=["tests.supervisor.never_imported"]
+    ) as placement:
+        placement.start(ChildSpec(who=ACTOR, run_id="", run_dir=str(tmp_path), endpoints={}, config_text=""))
+        began_s = time.monotonic()
+    assert time.monotonic() - began_s < 5.0
+
+
+@pytest.mark.parametrize(
+    ("exit_code", "killed_by_us", "oom_kills", "expected"),
+    [
+        (0, False, 0, (ExitReason.CLEAN, "")),
+        (78, False, 0, (ExitReason.CONFIGURATION, "exit status 78")),
+        (1, False, 3, (ExitReason.ERROR, "exit status 1")),
+        (-11, False, 1, (ExitReason.SIGNAL, "signal 11 (SIGSEGV)")),
+        (-9, True, 1, (ExitReason.SIGNAL, "signal 9 (SIGKILL), sent by the supervisor")),
+        (-9, False, 0, (ExitReason.SIGNAL, "signal 9 (SIGKILL)")),
+        (
+            -9,
+            False,
+            1,
+            (
+                ExitReason.OUT_OF_MEMORY,
+                "signal 9 (SIGKILL); the kernel killed 1 process(es) for memory meanwhile",
+            ),
+        ),
+        (-40, False, 0, (ExitReason.SIGNAL, "signal 40 (unnamed)")),
+        (None, False, 0, (ExitReason.UNKNOWN, "its exit status was lost, as when the fork server dies")),
+    ],
+)
+def test_an_end_is_explained_by_its_evidence(
+    exit_code: int | None, killed_by_us: bool, oom_kills: int, expected: tuple[ExitReason, str]
+) -> None:
+    assert processes._explain(exit_code, killed_by_us, oom_kills) == expected

@@ -1,0 +1,120 @@
+"""Configurations from presets, files and assignments; what cannot be read; keys explained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pydantic.fields import FieldInfo
+
+from esper_simic.config import Config, EnvironmentConfig, TrainerConfig, to_yaml
+from esper_simic.errors import ConfigError
+from supervisor import config_file
+
+
+def test_the_shipped_presets_are_all_obeyable() -> None:
+    assert "digits" in config_file.preset_names()
+    for name in config_file.preset_names():
+        assert isinstance(config_file.load(name), Config)
+
+
+def test_defaults_preset_file_and_assignments_overlay_in_this_order(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("simic_trainer:\n  seed: 3\n  vtrace_lambda: 0.5\n")
+    config = config_file.load("digits", path, ["simic_trainer.seed=4"])
+    assert config.simic_trainer.seed == 4
+    assert config.simic_trainer.vtrace_lambda == 0.5
+    assert config.simic_trainer.learning_rate == 7e-4, "from the preset"
+    assert config.simic_trainer.batch_size == Config().simic_trainer.batch_size, "from the defaults"
+
+
+def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "empty.yaml"
+    path.touch()
+    assert config_file.load("digits", path) == config_file.load("digits")
+
+
+def test_an_unknown_preset_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(ConfigError, match="unknown preset 'digit'; shipped: digits"):
+        config_file.load("digit")
+
+
+@pytest.mark.parametrize(
+    ("contents", "words"),
+    [
+        (None, "cannot read {path}: No such file"),
+        (b"", "cannot read {path}: Is a directory"),
+        (b"seed: \xff\n", "{path} is not UTF-8 text: byte 6 is 0xff"),
+        (b"a: [1\n", "{path}: not valid YAML"),
+        (b"- 1\n", "{path}: the top of a configuration is a mapping"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, contents: bytes | None, words: str) -> None:
+    path = tmp_path / "mine.yaml"
+    if contents == b"":
+        path.mkdir()
+    elif contents is not None:
+        path.write_bytes(contents)
+    with pytest.raises(ConfigError) as caught:
+        config_file.load("digits", path)
+    assert words.format(path=path) in str(caught.value)
+
+
+def test_what_a_journal_recorded_gives_the_same_configuration() -> None:
+    config = config_file.load("digits", None, ["environment.slots=[r0c1]"])
+    assert config_file.config_of(config.model_dump(mode="json")) == config
+
+
+def test_what_another_version_recorded_is_refused_with_its_key() -> None:
+    with pytest.raises(ConfigError, match=r"simic_trainer\.batchsize: unknown key"):
+        config_file.config_of({"simic_trainer": {"batchsize": 32}})
+
+
+def field(model: type[TrainerConfig] | type[EnvironmentConfig], name: str) -> FieldInfo:
+    return model.model_fields[name]
+
+
+@pytest.mark.parametrize(
+    ("described", "words"),
+    [
+        (field(TrainerConfig, "learning_rate"), "in [1e-06, 0.01]"),
+        (field(TrainerConfig, "policy_lr"), "in [1e-06, 0.01]"),
+        (field(TrainerConfig, "min_lr"), "in (0, 0.01]"),
+        (field(EnvironmentConfig, "momentum"), "in [0, 1)"),
+        (field(TrainerConfig, "warmup_epochs"), ">= 0"),
+        (field(TrainerConfig, "rho_bar"), "> 0"),
+        (field(TrainerConfig, "algorithm"), "only IMPALA"),
+        (field(EnvironmentConfig, "stagger"), "true or false"),
+        (field(EnvironmentConfig, "slots"), ""),
+    ],
+)
+def test_what_a_key_accepts_is_said_in_words(described: FieldInfo, words: str) -> None:
+    assert config_file.allowed_words(described) == words
+
+
+def test_every_key_of_the_configuration_is_explained_once_with_words() -> None:
+    explained = config_file.explain("digits")
+    paths = [key.path for key in explained]
+    assert len(set(paths)) == len(paths)
+    leaves = [line for line in to_yaml(Config()).splitlines() if line.strip() and not line.endswith(":")]
+    items = [line for line in leaves if line.strip().startswith("- ")]
+    lists = 2  # slots and blueprints end with a colon and go on with items
+    assert len(paths) == len(leaves) - len(items) + lists
+    assert all(key.description.endswith(".") for key in explained)
+    assert not any(word in key.allowed for key in explained for word in ("Ge(", "Le(", "Gt(", "Lt("))
+
+
+def test_explaining_tells_default_and_the_presets_value() -> None:
+    keys = {key.path: key for key in config_file.explain("digits", "simic_trainer.")}
+    rate = keys["simic_trainer.learning_rate"]
+    assert (rate.value, rate.default) == ("0.0007", "0.0003")
+    assert keys["simic_trainer.policy_lr"].value == "unset"
+    slots = config_file.explain("digits", "environment.slots")
+    assert [key.value for key in slots] == ["[r0c0, r0c1, r0c2]"]
+    assert [key.default for key in config_file.explain("digits", "mask_gates")] == ["true"]
+    assert [key.path for key in config_file.explain("digits", "reward.mode")] == ["environment.reward.mode"]
+
+
+def test_a_key_that_is_none_is_refused() -> None:
+    with pytest.raises(ConfigError, match="flux: no such key"):
+        config_file.explain("digits", "flux")
