@@ -131,10 +131,9 @@ def tell(console: Console, text: str) -> None:
 
 def show(console: Console, what: RenderableType) -> None:
     """Print a page or a table: as wide as the terminal allows, elsewhere as wide as it is."""
-    if console.is_terminal:
-        console.print(what)
-    else:
-        console.print(what, width=UNBOUNDED_COLUMNS, crop=False, no_wrap=True, overflow="ignore")
+    if not console.is_terminal:
+        console.width = UNBOUNDED_COLUMNS
+    console.print(what)
 
 
 def line(snapshot: Snapshot, rate: float) -> str:

@@ -278,7 +278,7 @@ class GrowingHosts:
         self.slots.germinate(
             at, actions[lanes, BLUEPRINT], counts, actions[lanes, STYLE], actions[lanes, TEMPO]
         )
-        pass
+        self.slots.accuracy_at_germination[at] = self._accuracy[lanes, -1]
 
     def _train(self) -> GradientReport:
         seeds = seeds_in_training(self.slots.stage, self.slots.blueprint, self.slots.alpha)

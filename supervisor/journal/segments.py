@@ -211,7 +211,7 @@ class SegmentWriter:
                 done += 1
             del remaining[:done]
             if written:
-                pass
+                remaining[0] = memoryview(remaining[0])[written:]
 
 
 def _join_small(buffers: Sequence[bytes]) -> list[bytes]:

@@ -8,6 +8,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 from typing import Any
@@ -187,17 +188,11 @@ class AgainstAList(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.directory = Path(os.path.realpath(self._new_directory()))
+        self.directory = Path(tempfile.mkdtemp(prefix="journal-"))
         self.model: list[tuple[int, str, dict[str, Any], list[bytes]]] = []
         self.journal = open_journal(self.directory, segment_bytes_max=400)
         self.tail = Tail(self.directory)
         self.followed: list[int] = []
-
-    @staticmethod
-    def _new_directory() -> str:
-        import tempfile
-
-        return tempfile.mkdtemp(prefix="journal-")
 
     @rule(fact=facts)
     def append(self, fact):
@@ -578,6 +573,77 @@ def test_a_torn_group_whose_later_pages_arrived_first_is_a_tail(tmp_path):
         assert journal.next_position == 2
 
 
+def forged(body: bytes, *, control: int = 0) -> bytes:
+    """An item whose checksum is right, whatever its body says."""
+    start = struct.pack("<I", len(body) | control << 31)
+    return start + struct.pack("<I", crc32c(start + body)) + body
+
+
+@pytest.mark.parametrize(
+    ("item", "reason"),
+    [
+        (forged(b"short"), "5 bytes are too few for a record"),
+        (forged(struct.pack("<QQHHI", 2, 0, 1, 0, 1) + b"K\x80"), "position 2 stands where 1 belongs"),
+        (forged(struct.pack("<QQHHI", 1, 0, 1, 9, 1) + b"K\x80"), "the parts of record 1 are longer"),
+        (forged(struct.pack("<QQHHI", 1, 0, 1, 0, 1) + b"K\x80more"), "the parts of record 1 do not fill it"),
+        (forged(b"DURABLE\0" + struct.pack("<QQ", 1, 0), control=1), "a mark that belongs elsewhere"),
+        (forged(b"DURABLE\0" + struct.pack("<Q", 1), control=1), "a mark that belongs elsewhere"),
+        (struct.pack("<II", 1 << 20, 0) + bytes(50), "a record of 1048576 bytes does not fit the 50 bytes"),
+    ],
+)
+def test_an_item_that_is_whole_but_wrong_is_unreadable(tmp_path, item, reason):
+    fill(tmp_path, 1)
+    path = segment_paths(tmp_path)[0]
+    size = path.stat().st_size
+    with path.open("ab") as file:
+        file.write(item)
+    assert len(contents(tmp_path)) == 1  # at the end: a tail
+    with SegmentCursor(path) as cursor:
+        assert cursor.next(is_closed=True) is not None
+        with pytest.raises(JournalDamage, match=f"at byte {size}: {reason}") as damage:
+            cursor.next(is_closed=True)
+        assert damage.value.offset == size
+
+
+def test_control_items_of_a_later_version_are_passed_over(tmp_path):
+    fill(tmp_path, 1)
+    path = segment_paths(tmp_path)[0]
+    with path.open("ab") as file:
+        file.write(forged(b"INDEX\0\0\0whatever", control=1))
+    with open_journal(tmp_path) as journal:
+        assert journal.recovered is None
+        journal.append("Next", {})
+    assert [record.kind for record in read(tmp_path)] == ["Step", "Next"]
+
+
+def test_a_writer_checks_how_the_two_newest_segments_fit(tmp_path):
+    """Cut between two items, or exchanged whole: every checksum in them is right."""
+    for name in ("a", "b"):
+        with open_journal(tmp_path / name, segment_bytes_max=300) as journal:
+            for index in range(5):
+                journal.append("Step", {"index": index}, [name.encode() * 40])
+                journal.sync()
+    *_, before, last = segment_paths(tmp_path / "a")
+    whole = before.read_bytes()
+    end = items(before)[1][0]
+    os.truncate(before, end)
+    with pytest.raises(JournalDamage, match=f"{before} is damaged at byte {end}.*{last.name} follows"):
+        open_journal(tmp_path / "a")
+    before.write_bytes(whole)
+    open_journal(tmp_path / "a").close()
+    shutil.copy(tmp_path / "b" / before.name, before)
+    with pytest.raises(JournalDamage, match=f"{last} is damaged at byte 24: the digest of {before.name}"):
+        open_journal(tmp_path / "a")
+
+
+def test_a_segment_under_a_wrong_name_is_refused(tmp_path):
+    fill(tmp_path, 1)
+    (path,) = segment_paths(tmp_path)
+    path.rename(tmp_path / f"{5:020d}.log")
+    with pytest.raises(JournalDamage, match="byte 16: the header says that position 0 is the first one"):
+        contents(tmp_path, 5)
+
+
 @pytest.mark.parametrize("missing", [0, 1])
 def test_a_missing_segment_is_named(tmp_path, missing):
     fill(tmp_path, 6, segment_bytes_max=250)
@@ -745,12 +811,13 @@ def test_close_tells_of_records_that_were_lost_unless_somebody_knows(tmp_path):
 
 
 def test_an_append_that_waits_for_room_learns_of_the_failure(tmp_path):
-    with largest_file(1000), contextlib.suppress(UnavailableError):
-        with open_journal(tmp_path, backlog_bytes_max=3000, commit_interval_ms=1e9) as journal:
-            journal.append("Huge", {}, [bytes(2500)])
-            with pytest.raises(UnavailableError, match="File too large"):
-                journal.append("Waits", {}, [bytes(2500)])
-            assert journal.next_position == 1
+    with largest_file(1000):
+        journal = open_journal(tmp_path, backlog_bytes_max=3000, commit_interval_ms=1e9)
+        journal.append("Huge", {}, [bytes(2500)])
+        with pytest.raises(UnavailableError, match="File too large"):
+            journal.append("Waits", {}, [bytes(2500)])
+        assert journal.next_position == 1
+        journal.close()
 
 
 FULL_DISK = """

@@ -1,0 +1,441 @@
+"""What a person sees, on a terminal and elsewhere."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from rich.console import Console
+
+from supervisor.events import CheckpointReported, PolicyEvaluated
+from supervisor.outcome import RunOutcome
+from supervisor.view import (
+    LiveView,
+    RateMeter,
+    SteadyConsole,
+    line,
+    picture,
+    processes,
+    report,
+    show,
+    show_results,
+    status_page,
+    tell,
+    time_left_s,
+    verdict,
+)
+from supervisor.vitals import EnvironmentView, LearnerView, ProcessView, Snapshot
+
+MIB = 2**20
+METRICS = {
+    "episodic_return": 3.456,
+    "episodic_accuracy": 71.25,
+    "episodic_parameters": 120.4,
+    "policy_loss": -0.0123,
+    "value_loss": 0.5,
+    "entropy": 1.25,
+    "approx_kl": 0.0031,
+    "explained_variance": 0.61,
+    "policy_lag": 2.5,
+    "grad_norm": 0.75,
+}
+
+
+def process(role: str = "actor", index: int = 0, **changes: Any) -> ProcessView:
+    view = ProcessView(
+        role=role,
+        index=index,
+        incarnation=1,
+        pid=4000 + index,
+        state="ready",
+        memory_bytes=100 * MIB,
+        restarts=0,
+    )
+    return msgspec.structs.replace(view, **changes)
+
+
+def snapshot(**changes: Any) -> Snapshot:
+    shot = Snapshot(
+        run_id="run-1",
+        preset="digits",
+        run_dir="/somewhere/run[a]",
+        state="training",
+        elapsed_s=42.0,
+        training_elapsed_s=40.0,
+        max_seconds=200.0,
+        max_steps=None,
+        learner=LearnerView(step=17, metrics=METRICS),
+        environment=EnvironmentView(steps=12_800),
+        processes=[
+            process("learner", memory_bytes=350 * MIB),
+            process(),
+            process(index=1, waiting_for="credit"),
+        ],
+        evaluated=[],
+        to_evaluate=["learned", "random"],
+        refused_messages={},
+        checkpoint="",
+        reason="",
+    )
+    return msgspec.structs.replace(shot, **changes)
+
+
+def at(elapsed_s: float, steps: int, **changes: Any) -> Snapshot:
+    environment = EnvironmentView(steps=steps)
+    return snapshot(elapsed_s=elapsed_s + 2, training_elapsed_s=elapsed_s, environment=environment, **changes)
+
+
+def evaluated(mean: float, half: float, accuracy: float, parameters: float) -> PolicyEvaluated:
+    figures = {"return": (mean, half), "accuracy": (accuracy, 1.0), "parameters": (parameters, 10.0)}
+    summary = {
+        f"{key}_{part}": value
+        for key, (middle, width) in figures.items()
+        for part, value in (("mean", middle), ("low", middle - width), ("high", middle + width))
+    }
+    return PolicyEvaluated(
+        at_s=1.0, policy="x", returns=(mean,) * 64, accuracies=(), parameters=(), summary=summary
+    )
+
+
+RESULTS = {
+    "learned": evaluated(5.0, 0.5, 80.0, 500.0),
+    "heuristic": evaluated(4.0, 0.4, 80.5, 900.0),
+    "patient": evaluated(7.0, 1.0, 85.0, 505.0),
+    "never-grow": evaluated(-0.5, 0.1, 40.0, 0.0),
+}
+
+
+def terminal(width: int = 100) -> tuple[Console, io.StringIO]:
+    out = io.StringIO()
+    return Console(force_terminal=True, file=out, width=width, height=40, _environ={"TERM": "xterm"}), out
+
+
+def pipe(width: int = 80) -> tuple[Console, io.StringIO]:
+    out = io.StringIO()
+    return Console(force_terminal=False, file=out, width=width), out
+
+
+def plain(text: str) -> str:
+    return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text)
+
+
+# Rates and times
+
+
+def test_the_rate_is_over_the_last_ten_seconds() -> None:
+    meter = RateMeter()
+    assert meter.observe(at(0.0, 0)) == 0.0
+    assert meter.observe(at(5.0, 500)) == 100.0
+    assert meter.observe(at(10.0, 1500)) == 150.0
+    # The window now begins at 5 s: (3500 - 500) / (15 - 5).
+    assert meter.observe(at(15.0, 3500)) == 300.0
+    # At 18 s the last point that is ten seconds old is still that of 5 s: 3000 / 13.
+    assert meter.observe(at(18.0, 3500)) == pytest.approx(3000 / 13)
+
+
+def test_the_rate_survives_a_gap_and_stands_still_after_the_training() -> None:
+    meter = RateMeter()
+    meter.observe(at(0.0, 0))
+    assert meter.observe(at(100.0, 1000)) == 10.0
+    assert meter.observe(at(100.0, 1000, state="evaluating")) == 10.0
+    assert meter.observe(at(110.0, 1000)) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "rate", "left_s"),
+    [
+        ({}, 100.0, 160.0),
+        ({"state": "evaluating"}, 100.0, None),
+        ({"max_seconds": None}, 100.0, None),
+        ({"max_seconds": None, "max_steps": 14_800}, 100.0, 20.0),
+        ({"max_seconds": None, "max_steps": 14_800}, 0.0, None),
+        ({"max_steps": 14_800}, 100.0, 20.0),
+        ({"max_steps": 1_000_000}, 100.0, 160.0),
+        ({"max_seconds": 30.0}, 100.0, 0.0),
+        ({"max_steps": 100}, 100.0, 0.0),
+    ],
+)
+def test_the_time_left_is_that_of_the_nearer_limit(
+    changes: dict[str, Any], rate: float, left_s: float | None
+) -> None:
+    assert time_left_s(snapshot(**changes), rate) == left_s
+
+
+# Lines
+
+
+def test_off_a_terminal_there_is_a_line_for_every_state_and_every_ten_seconds() -> None:
+    console, out = pipe()
+    view = LiveView(console)
+    for elapsed_s, state in (
+        (0, "starting"),
+        (1, "starting"),
+        (3, "training"),
+        (9, "training"),
+        (13, "training"),
+    ):
+        view.show(snapshot(elapsed_s=float(elapsed_s), state=state), 100.0)
+    for elapsed_s, state in ((14, "training"), (15, "stopping"), (26, "stopping")):
+        view.show(snapshot(elapsed_s=float(elapsed_s), state=state), 100.0)
+    view.close()
+    lines = out.getvalue().splitlines()
+    assert [re.match(r"\[ *([\d.]+) s\] (\w+)", text).groups() for text in lines] == [  # type: ignore[union-attr]
+        ("0.0", "starting"),
+        ("3.0", "training"),
+        ("13.0", "training"),
+        ("15.0", "stopping"),
+        ("26.0", "stopping"),
+    ]
+
+
+def test_a_line_tells_steps_rate_return_losses_lag_memory_and_time_left() -> None:
+    assert line(snapshot(), 321.4) == (
+        "[  42.0 s] training  steps 12800  321 steps/s  updates 17  return 3.46  host accuracy % 71.2  "
+        "parameters added 120  policy loss -0.0123  value loss 0.5000  entropy 1.250  policy lag 2.5  "
+        "memory 550 MiB  160 s left"
+    )
+    young = snapshot(learner=LearnerView(), max_seconds=None, state="starting", processes=[])
+    assert line(young, 0.0) == "[  42.0 s] starting  steps 12800  0 steps/s  updates 0  memory 0 MiB"
+    measuring = snapshot(state="evaluating", evaluated=["learned"])
+    assert line(measuring, 0.0) == "[  42.0 s] evaluating  1 of 2 policies measured"
+
+
+@pytest.mark.parametrize("width", [20, 80])
+def test_off_a_terminal_nothing_is_coloured_cut_wrapped_or_beyond_ascii(width: int) -> None:
+    console, out = pipe(width)
+    LiveView(console).show(snapshot(), 1.0)
+    show_results(console, RESULTS)
+    show(console, status_page(snapshot(reason="a long reason " * 20, checkpoint="/a/[b]/c")))
+    report(console, Path("/runs/a b"), OUTCOME, tuple(RESULTS), "run --seed 1")
+    tell(console, "[bold]x[/bold] " * 30)
+    text = out.getvalue()
+    assert text.isascii()
+    assert "\x1b" not in text
+    assert line(snapshot(), 1.0) in text.splitlines()
+    assert "[bold]x[/bold] " * 30 in text.splitlines()
+    assert text.count("a long reason ") == 20
+    assert "reason      " + "a long reason " * 20 in text
+    assert "/a/[b]/c" in text
+    assert re.search(r"\| never-grow +\| +-0.50 \[-0.60, -0.40\] \| +40.0 \[39.0, 41.0\] \|", text)
+
+
+# The moving picture
+
+
+def test_on_a_terminal_the_picture_moves_and_goes_away() -> None:
+    console, out = terminal()
+    view = LiveView(console)
+    view.show(snapshot(), 321.4)
+    first = out.getvalue()
+    view.show(snapshot(learner=LearnerView(step=18)), 321.4)
+    assert "\x1b[" in first
+    assert "18" in plain(out.getvalue()[len(first) :])
+    view.close()
+    assert "\x1b[?25h" in out.getvalue(), "the cursor is back"
+    view.close()
+
+
+def test_the_picture_tells_steps_rate_return_losses_lag_memory_and_time_left() -> None:
+    console, out = terminal()
+    console.print(picture(snapshot(), 321.4))
+    text = " ".join(plain(out.getvalue()).split())
+    for words in (
+        "simic digits training /somewhere/run[a]",
+        "environment steps 12,800",
+        "steps/s 321",
+        "updates 17",
+        "return 3.46",
+        "host accuracy % 71.2",
+        "parameters added 120",
+        "policy loss -0.0123",
+        "value loss 0.5000",
+        "entropy 1.250",
+        "approx. KL 0.0031",
+        "explained variance 0.61",
+        "policy lag 2.5",
+        "gradient norm 0.75",
+        "training left about 160 s",
+        "20% of the training",
+        "learner-0 4000 ready 350 0",
+        "actor-1 4001 ready 100 0 credit",
+    ):
+        assert words in text, words
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"state": "evaluating", "evaluated": ["random"]}, "1 of 2 policies measured on held-out episodes"),
+        ({"state": "evaluating", "to_evaluate": []}, "0 of 0 policies measured"),
+        ({"max_steps": 16_000}, "80% of the training"),
+        ({"max_seconds": 20.0}, "100% of the training"),
+        ({"max_seconds": None}, "no limit set; stop with Ctrl-C"),
+    ],
+)
+def test_the_bar_follows_what_ends_the_phase(changes: dict[str, Any], words: str) -> None:
+    console, out = terminal()
+    console.print(picture(snapshot(**changes), 1.0))
+    assert words in plain(out.getvalue())
+
+
+def test_many_processes_are_summed_up_and_none_is_lost() -> None:
+    actors = [process(index=index, restarts=index % 2) for index in range(40)]
+    console, out = terminal()
+    console.print(processes(snapshot(processes=actors), rows_max=12))
+    rows = out.getvalue().splitlines()
+    assert len(rows) == 1 + 12
+    assert plain(rows[-1]).split() == ["and", "29", "more", "2900", "15"]
+    console, out = terminal()
+    console.print(processes(snapshot(processes=actors[:12]), rows_max=12))
+    assert "more" not in out.getvalue()
+    assert len(out.getvalue().splitlines()) == 1 + 12
+
+
+def test_a_process_that_is_not_there_has_neither_id_nor_memory() -> None:
+    console, out = pipe()
+    show(
+        console,
+        processes(snapshot(processes=[process(pid=0, state="scheduled", memory_bytes=0, restarts=2)])),
+    )
+    assert out.getvalue().splitlines()[1].split() == ["actor-0", "-", "scheduled", "-", "2"]
+
+
+def test_a_dumb_terminal_gets_lines() -> None:
+    out = io.StringIO()
+    console = Console(force_terminal=True, file=out, _environ={"TERM": "dumb"}, color_system=None)
+    LiveView(console).show(snapshot(), 1.0)
+    assert out.getvalue() == line(snapshot(), 1.0) + "\n"
+
+
+# Results
+
+
+def test_the_table_shows_return_accuracy_and_parameters_with_intervals() -> None:
+    console, out = pipe()
+    show_results(console, RESULTS, order=("never-grow", "learned"))
+    lines = out.getvalue().splitlines()
+    assert lines[0].strip() == "64 held-out episodes each, same seeds; mean [95 % interval]"
+    cells = [[cell.strip() for cell in text.split("|")[1:-1]] for text in lines if text.startswith("| ")]
+    assert cells == [
+        ["policy", "return", "host accuracy %", "parameters added"],
+        ["never-grow", "-0.50 [-0.60, -0.40]", "40.0 [39.0, 41.0]", "0 [-10, 10]"],
+        ["learned", "5.00 [4.50, 5.50]", "80.0 [79.0, 81.0]", "500 [490, 510]"],
+        ["heuristic", "4.00 [3.60, 4.40]", "80.5 [79.5, 81.5]", "900 [890, 910]"],
+        ["patient", "7.00 [6.00, 8.00]", "85.0 [84.0, 86.0]", "505 [495, 515]"],
+    ]
+
+
+def test_a_narrow_terminal_folds_the_table_and_loses_no_figure() -> None:
+    console, out = terminal(width=50)
+    show_results(console, RESULTS)
+    text = plain(out.getvalue())
+    assert "…" not in text
+    for figure in ("-0.50", "-0.60", "-0.40", "900", "890", "910", "85.0", "never-grow"):
+        assert figure in text
+
+
+def test_the_verdict_says_above_below_or_neither_in_each_figure() -> None:
+    assert verdict(RESULTS) == [
+        "learned against heuristic: higher in return, no clear difference in host accuracy, lower in parameters added",
+        "learned against patient: lower in return, lower in host accuracy, no clear difference in parameters added",
+        "learned against never-grow: higher in return, higher in host accuracy, higher in parameters added",
+    ]
+
+
+def test_intervals_that_touch_are_no_clear_difference() -> None:
+    touching = {"learned": evaluated(2.0, 0.5, 50.0, 100.0), "random": evaluated(1.0, 0.5, 48.0, 120.0)}
+    assert verdict(touching) == [
+        "learned against random: "
+        + ", ".join(
+            f"no clear difference in {what}" for what in ("return", "host accuracy", "parameters added")
+        )
+    ]
+
+
+def test_without_the_learned_policy_there_is_no_verdict() -> None:
+    assert verdict({"random": RESULTS["never-grow"]}) == []
+
+
+OUTCOME = RunOutcome(
+    run_id="run-1",
+    exit_code=0,
+    outcome="finished",
+    reason="max_seconds",
+    evaluations=RESULTS,
+    checkpoint=CheckpointReported(
+        at_s=1.0, path="/runs/a b/checkpoints/step-7", learner_step=7, environment_steps=70, digest="abc"
+    ),
+)
+
+
+def test_the_report_names_outcome_checkpoint_and_what_to_do_next() -> None:
+    console, out = pipe()
+    report(console, Path("/runs/a b"), OUTCOME, ("learned",), "run --preset digits --seed 8")
+    lines = out.getvalue().splitlines()
+    assert lines[lines.index("run run-1 finished: max_seconds") :] == [
+        "run run-1 finished: max_seconds",
+        "checkpoint: /runs/a b/checkpoints/step-7 (update 7, 70 environment steps, state digest abc)",
+        "next:",
+        "  simic-supervisor status '/runs/a b'",
+        "  simic-supervisor log verify '/runs/a b' --owner learner-0",
+        "  tensorboard --logdir '/runs/a b/tensorboard'",
+        "  simic-supervisor run --preset digits --seed 8",
+    ]
+
+
+def test_the_report_of_a_failed_run_names_the_logs_and_shows_no_table() -> None:
+    failed = msgspec.structs.replace(
+        OUTCOME, outcome="failed", exit_code=1, reason="the learner died", evaluations={}, checkpoint=None
+    )
+    console, out = pipe()
+    report(console, Path("/runs/a"), failed, (), "run")
+    assert out.getvalue().splitlines()[1:3] == [
+        "run run-1 failed: the learner died",
+        "logs of the processes: /runs/a/logs",
+    ]
+
+
+# The status page
+
+
+def test_the_status_page_has_the_mean_rate_the_reason_and_the_checkpoint() -> None:
+    console, out = pipe()
+    ended = snapshot(
+        state="stopped", reason="requested", checkpoint="/runs/a/checkpoints/step-7", evaluated=["random"]
+    )
+    show(console, status_page(ended))
+    text = out.getvalue()
+    assert re.search(r"steps/s +320 ", text), "12800 steps in 40 s"
+    assert "reason      requested\n" in text
+    assert "checkpoint  /runs/a/checkpoints/step-7\n" in text
+    assert "evaluation  1 of 2 policies measured\n" in text
+    assert "left" not in text
+
+
+def test_the_status_page_of_a_run_that_has_not_trained_yet() -> None:
+    console, out = pipe()
+    show(console, status_page(snapshot(state="starting", training_elapsed_s=0.0, learner=LearnerView())))
+    assert re.search(r"steps/s +0 ", out.getvalue())
+    assert "evaluation" not in out.getvalue()
+
+
+# A reader that goes away
+
+
+def test_a_run_outlives_whoever_reads_its_output() -> None:
+    reader, writer = os.pipe()
+    with os.fdopen(writer, "w") as file:
+        console = SteadyConsole(file=file)
+        view = LiveView(console)
+        view.show(snapshot(), 1.0)
+        assert os.read(reader, 2**16).startswith(b"[  42.0 s] training")
+        os.close(reader)
+        view.show(snapshot(state="stopping"), 1.0)
+        view.show(snapshot(state="evaluating"), 1.0)
+        tell(console, "and more")
+        assert console.quiet
