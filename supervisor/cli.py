@@ -1,13 +1,9 @@
-"""`simic-supervisor`: the operator's door.
-
-Exit status: 0 ok, 1 failed or degraded, 2 usage, 3 not running, 4 unknown, 78 configuration.
-"""
+"""`simic-supervisor`: the operator's door. It parses, asks, prints; what things look like is `view`'s affair."""
 
 from __future__ import annotations
 
 import io
 import itertools
-import os
 import platform
 import shlex
 import sys
@@ -49,22 +45,35 @@ GATE_CODE: Final = STATUS_CODE | {status.Health.STARTING: FAILED, status.Health.
 EVALUATED: Final = (view.LEARNED, "heuristic", "patient", "random", "never-grow")
 """Policies measured at the end of a run, in the order of the table; the learned one, the dearest, begins first."""
 
+VERSIONED: Final = ("simic", "torch", "torch-geometric", "numpy", "gymnasium", "pyzmq", "msgspec")
 RUNS: Final = Path("runs")
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
-log_app = typer.Typer(no_args_is_help=True, help="Read and check the event log of a run.")
-config_app = typer.Typer(no_args_is_help=True, help="Check and explain configurations.")
+
+def _commands(text: str) -> typer.Typer:
+    """A group of commands whose help and errors are plain text."""
+    return typer.Typer(
+        help=text,
+        no_args_is_help=True,
+        add_completion=False,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+    )
+
+
+app = _commands(
+    "Train controllers of growing networks, and look after the runs.\n\n"
+    "Exit status: 0 ok, 1 failed or degraded, 2 usage, 3 not running, 4 unknown, 78 configuration."
+)
+log_app = _commands("Read and check the event log of a run.")
+config_app = _commands("Check and explain configurations.")
 app.add_typer(log_app, name="log")
 app.add_typer(config_app, name="config")
 
-RunArgument = Annotated[
-    Path | None,
-    typer.Argument(help="A run directory; by default the newest under runs/.", show_default=False),
-]
+RunArgument = Annotated[Path | None, typer.Argument(help="A run directory; by default the newest in runs/.")]
 PresetOption = Annotated[str, typer.Option(help="Shipped preset to start from.")]
 FileOption = Annotated[Path | None, typer.Option("--config", help="YAML file that overlays the preset.")]
 SetOption = Annotated[
-    list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override one key; may be repeated.")
+    list[str] | None, typer.Option("--set", metavar="A.B=C", help="Set one key; repeatable.")
 ]
 OwnerOption = Annotated[str, typer.Option(help="Whose journal: supervisor, learner-0, ...")]
 
@@ -75,7 +84,7 @@ def main() -> NoReturn:
         # A path may hold what the terminal's encoding cannot say; that must not end a run.
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        app()
+        app(prog_name="simic-supervisor")
     except ConfigError as error:
         _fail(f"configuration: {error}", CONFIGURATION)
     except SimicError as error:
@@ -92,9 +101,7 @@ def _flush() -> None:
     try:
         sys.stdout.flush()
     except BrokenPipeError:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())
-        os.close(nowhere)
+        view.discard(sys.stdout)
 
 
 def _fail(message: str, code: int) -> NoReturn:
@@ -124,7 +131,7 @@ def run(
     max_steps: Annotated[int | None, typer.Option(help="Environment step limit of this invocation.")] = None,
     evaluation: Annotated[bool, typer.Option(help="Measure the policies at the end.")] = True,
 ) -> None:
-    """Train a growth controller, then measure it on held-out episodes."""
+    """Train a controller, then measure it."""
     short = {
         "simic_trainer.seed": seed,
         "supervisor.max_seconds": max_seconds,
@@ -142,7 +149,7 @@ def run(
         config_text=to_yaml(config),
         evaluation_policies=EVALUATED if evaluation else (),
         fingerprint={"python": platform.python_version(), "platform": sys.platform},
-        versions=_versions(),
+        versions={name: metadata.version(name) for name in VERSIONED},
     )
     console = view.SteadyConsole()
     display = _Display(console, directory)
@@ -185,17 +192,12 @@ class _Display:
             self._writer.close()
 
 
-def _versions() -> dict[str, str]:
-    names = ("simic", "torch", "torch-geometric", "numpy", "gymnasium", "pyzmq", "msgspec")
-    return {name: metadata.version(name) for name in names}
-
-
 @app.command("status")
 def show_status(
     run_dir: RunArgument = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object, schema versioned.")] = False,
 ) -> None:
-    """Show a run: live from its supervisor, or from its files.
+    """Show a run, live or from its files.
 
     Exit status 0 while it runs, 1 degraded or failed, 3 not running any more, 4 unknown.
     """
@@ -213,9 +215,10 @@ def show_status(
 
 @app.command("is-healthy")
 def is_healthy(run_dir: RunArgument = None) -> None:
-    """Say by the exit status whether a run trains or evaluates with all its processes.
+    """Tell by the exit status if a run is well.
 
-    0 it does; 1 it does not: starting, stopping, degraded, failed; 3 not running any more; 4 unknown.
+    0 it trains or evaluates with all its processes; 1 it does not: it starts, stops, is degraded or failed; 3 not
+    running any more; 4 unknown.
     """
     snapshot, health = _observed(_directory(run_dir))
     code = GATE_CODE[health]
@@ -238,7 +241,10 @@ def _observed(directory: Path) -> tuple[Snapshot, status.Health]:
 
 @app.command()
 def stop(run_dir: RunArgument = None) -> None:
-    """Ask a run to stop: training ends, the learner leaves a checkpoint."""
+    """Ask a run to stop.
+
+    Training ends, and the learner leaves a checkpoint.
+    """
     directory = _directory(run_dir)
     try:
         reply = status.command(directory, "stop", uuid.uuid4().hex)
@@ -287,7 +293,7 @@ def log_cat(
 def log_verify(
     run_dir: RunArgument = None, owner: Annotated[str | None, typer.Option(help="Default: all.")] = None
 ) -> None:
-    """Read every byte of the journals and say whether all is as it was written."""
+    """Check every byte of the journals."""
     directory = _directory(run_dir)
     journals = [_journal(directory, owner)] if owner else _journals(directory)
     if not journals:

@@ -281,5 +281,4 @@ def _is_missing(process: ProcessView, state: str) -> bool:
         return False
     if process.state in (Status.SCHEDULED, Status.STARTED):
         return process.restarts > 0
-    # An evaluator for whom no policy is left leaves in order.
-    return process.state in (Status.EXITED, Status.ABANDONED) and process.role != "evaluate"
+    return process.state in (Status.EXITED, Status.ABANDONED)

@@ -11,7 +11,7 @@ import shlex
 from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Final
+from typing import IO, Final
 
 from rich import box
 from rich.console import Console, Group, RenderableType
@@ -70,9 +70,14 @@ class SteadyConsole(Console):
     def on_broken_pipe(self) -> None:
         """Write nothing more, and let what is still buffered go nowhere."""
         self.quiet = True
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, self.file.fileno())
-        os.close(nowhere)
+        discard(self.file)
+
+
+def discard(file: IO[str]) -> None:
+    """Let what is buffered for a reader that has gone away, and all that follows, go nowhere."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, file.fileno())
+    os.close(nowhere)
 
 
 class RateMeter:

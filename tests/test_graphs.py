@@ -86,6 +86,7 @@ def test_hetero_data_has_the_edges_of_the_packed_graph(seed: int) -> None:
 
     seeds = slots + SPEC.host_nodes
     feeds = numbered(("host", "feeds", "host"), layers, layers)
+    assert feeds == {(layer, layer + 1) for layer in range(len(layers) - 1)}
     found = feeds | {(target, source) for source, target in feeds}
     found |= numbered(("slot", "grafts", "host"), seeds, layers)
     found |= numbered(("host", "carries", "slot"), layers, seeds)

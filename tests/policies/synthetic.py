@@ -33,7 +33,8 @@ def observations(rng: np.random.Generator, *lead: int, spec: ObservationSpec = S
     layers = rng.integers(1, spec.host_nodes + 1, size=count)
     slot_mask = rng.random((count, spec.slots)) < 0.8
     occupied = slot_mask & (rng.random((count, spec.slots)) < 0.7)
-    blueprint = np.where(occupied, rng.integers(0, len(BLUEPRINTS), slot_mask.shape), len(BLUEPRINTS))
+    # What stands behind a slot that is not there must not matter, so it is not empty.
+    blueprint = np.where(occupied | ~slot_mask, rng.integers(0, len(BLUEPRINTS), slot_mask.shape), len(BLUEPRINTS))
     host_mask = np.arange(spec.host_nodes) < layers[:, None]
     host_nodes = rng.normal(size=(count, spec.host_nodes, spec.host_features))
     slot_nodes = rng.normal(size=(count, spec.slots, spec.slot_features))
