@@ -14,7 +14,15 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Final, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from esper_simic.errors import ConfigError
 
@@ -160,7 +168,7 @@ class EnvironmentConfig(Section):
     max_seeds: int | None = Field(None, ge=1, description="Seeds alive or fossilised at once; unset: all slots.")
     mask_gates: bool = Field(True, description="Mask an ADVANCE or FOSSILIZE that its gate would refuse.")
     stagger: bool = Field(True, description="Cut lanes' first episodes short so that their phases spread.")
-    reward: RewardConfig = Field(default_factory=lambda: RewardConfig())
+    reward: RewardConfig = Field(default_factory=RewardConfig)
 
     @field_validator("slots")
     @classmethod
@@ -209,10 +217,10 @@ class SupervisorConfig(Section):
 class Config(Section):
     """The whole configuration of a run."""
 
-    simic_trainer: TrainerConfig = Field(default_factory=lambda: TrainerConfig())
-    experience_buffer: BufferConfig = Field(default_factory=lambda: BufferConfig())
-    supervisor: SupervisorConfig = Field(default_factory=lambda: SupervisorConfig())
-    environment: EnvironmentConfig = Field(default_factory=lambda: EnvironmentConfig())
+    simic_trainer: TrainerConfig = Field(default_factory=TrainerConfig)
+    experience_buffer: BufferConfig = Field(default_factory=BufferConfig)
+    supervisor: SupervisorConfig = Field(default_factory=SupervisorConfig)
+    environment: EnvironmentConfig = Field(default_factory=EnvironmentConfig)
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Config:

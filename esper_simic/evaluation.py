@@ -18,6 +18,7 @@ from esper_simic import seeding
 from esper_simic.actions import HEADS
 from esper_simic.comparison import Interval, mean_interval
 from esper_simic.config import EnvironmentConfig
+from esper_simic.errors import InvariantViolation
 from esper_simic.growing_host.controllers import (
     Controller,
     HeuristicController,
@@ -108,6 +109,7 @@ def evaluate(
     *,
     gamma: float,
     policy: GraphPolicy | None = None,
+    observer: Callable[[], None] | None = None,
 ) -> PolicyOutcome:
     """Run one whole episode on each seed, in vectors of `config.environments_per_actor` lanes.
 
@@ -117,6 +119,7 @@ def evaluate(
         seeds: Held-out seeds, one an episode; at least two.
         gamma: Discount of the reward's shaping.
         policy: The learned policy.
+        observer: Told after every epoch of all lanes that there was progress.
 
     Raises:
         ValueError: No such controller, or `learned` without a policy.
@@ -125,7 +128,7 @@ def evaluate(
     width = config.environments_per_actor
     for start in range(0, len(seeds), width):
         chunk = list(seeds[start : start + width])
-        episodes.extend(_episodes(name, config, chunk, gamma, policy))
+        episodes.extend(_episodes(name, config, chunk, gamma, policy, observer or _unobserved))
     return PolicyOutcome(
         name=name,
         episodes=episodes,
@@ -135,19 +138,32 @@ def evaluate(
     )
 
 
+def _unobserved() -> None:
+    pass
+
+
 def _episodes(
-    name: str, config: EnvironmentConfig, seeds: Sequence[int], gamma: float, policy: GraphPolicy | None
+    name: str,
+    config: EnvironmentConfig,
+    seeds: Sequence[int],
+    gamma: float,
+    policy: GraphPolicy | None,
+    observer: Callable[[], None],
 ) -> list[EpisodeOutcome]:
     env = GrowingHostVectorEnv(len(seeds), config, gamma=gamma, lane_seeds=seeds)
     observation, _ = env.reset(options={"stagger": False})
     acting = _acting(name, len(seeds), policy)
     streams = [seeding.generator(seed, "controller") for seed in seeds]
+    episode: Mapping[str, Array] = {}
     for _ in range(config.max_epochs):
         uniforms = np.stack([stream.random(len(HEADS)) for stream in streams])
-        observation, _, terminated, _, infos = env.step(acting.act(env, observation, uniforms))
-    episode = infos["episode"]
-    if not terminated.all():
-        raise ValueError(f"episodes of {name!r} did not end at their horizon of {config.max_epochs} epochs")
+        observation, _, _, _, infos = env.step(acting.act(env, observation, uniforms))
+        episode = infos.get("episode", {})
+        observer()
+    if not episode:
+        raise InvariantViolation(
+            f"episodes of {name!r} did not end at their horizon of {config.max_epochs} epochs"
+        )
     return [
         EpisodeOutcome(
             seed=seed,

@@ -15,7 +15,6 @@ class RunStarted(msgspec.Struct, frozen=True, kw_only=True):
     """First event of every journal: under which configuration and in which surroundings the run was made."""
 
     run_id: str
-    preset: str
     config: dict[str, Any]
     fingerprint: dict[str, str]
 

@@ -87,6 +87,7 @@ class Learner:
         self._fresh_per_batch = fresh_per_batch(config)
         self.steps_done = 0
         self.environment_steps = 0
+        self._next_episodes: dict[int, list[int]] = {}
         self._unconsumed: deque[tuple[int, int]] = deque()
         self._episodes: deque[EpisodeFinished] = deque(maxlen=EPISODE_WINDOW)
 
@@ -124,10 +125,26 @@ class Learner:
             {key: tensor[:-1] for key, tensor in trajectory.observations.items()},
         )
         self.environment_steps += trajectory.length * trajectory.lanes
+        self._follow_episodes(event)
         self._episodes.extend(episode for episode in event.episodes if not episode.truncated)
         if self.buffer.inserted <= self._config.experience_buffer.min_experiences:
             self.buffer.consume_all()
         return self._take_consumed()
+
+    def next_episodes(self, actor: int) -> list[int]:
+        """Numbers of the episodes with which a new incarnation of an actor begins its lanes.
+
+        They follow the highest number that any admitted unroll of the actor has reached, so that no episode's chance
+        is used twice; what its predecessor did not finish is lost.
+        """
+        lanes = self._config.environment.environments_per_actor
+        return list(self._next_episodes.get(actor, [0] * lanes))
+
+    def _follow_episodes(self, event: ExperienceAdmitted) -> None:
+        reached = list(event.episode_numbers)
+        for episode in event.episodes:
+            reached[episode.lane] = max(reached[episode.lane], episode.number + 1)
+        self._next_episodes[event.actor] = [number + 1 for number in reached]
 
     def can_step(self) -> bool:
         """Whether enough experience is there for an update."""
@@ -275,6 +292,7 @@ class Learner:
             "environment_steps": self.environment_steps,
             "learning_rates": self.learning_rates.state_dict(),
             "reward_scale": self.reward_scale.state_dict(),
+            "next_episodes": {str(actor): numbers for actor, numbers in sorted(self._next_episodes.items())},
             "buffer": {
                 "inserted": self.buffer.inserted,
                 "consumed": self.buffer.consumed,

@@ -5,9 +5,9 @@ Three conversations, each on its own socket:
 * **control**, child to supervisor: `Ready`, `Progress`, `Stopped`, `Evaluated`; back: `Stop`, `Evaluate`, `Noted`.
   `Noted` is sent once what the child reported is synced in the supervisor's journal; a child must not leave before.
 * **operator**, command line to supervisor: `StatusRequest`, `Command`; back: `StatusReply`, `CommandReply`.
-* **experience**, actor to learner: `Hello`, `Unroll`, `PullWeights`; back: `Acknowledged` (it is durable), `Credit`
-  (there is room for more), `Refused`, `Weights`. Acknowledgement and credit are two messages because storing an
-  unroll and having room for the next one are two facts.
+* **experience**, actor to learner: `Hello`, `Unroll`, `PullWeights`; back: `Welcome`, `Acknowledged` (it is durable),
+  `Credit` (there is room for more), `Refused`, `Weights`. Acknowledgement and credit are two messages because storing
+  an unroll and having room for the next one are two facts.
 
 Arrays travel as raw frames after the message: an unroll in the order of `esper_simic.trajectory.frame_layout`, weights
 as one frame of safetensors.
@@ -139,10 +139,16 @@ class CommandReply(Message, frozen=True, kw_only=True):
 
 
 class Hello(Message, frozen=True, kw_only=True):
-    """An actor's first words to the learner; the learner answers with the actor's credits."""
+    """An actor's first words to the learner; the learner answers with `Welcome`, then with the actor's credits."""
 
     actor: int
     incarnation: int
+
+
+class Welcome(Message, frozen=True, kw_only=True):
+    """The number of the episode with which each lane of the actor begins: the first one its journal has not seen."""
+
+    first_episodes: list[int]
 
 
 class Unroll(Message, frozen=True, kw_only=True):
@@ -209,6 +215,7 @@ KINDS: Final[dict[str, type[Message]]] = {
         Command,
         CommandReply,
         Hello,
+        Welcome,
         Unroll,
         Acknowledged,
         Credit,
@@ -225,6 +232,6 @@ ACCEPTS: Final[dict[Conversation, tuple[type[Message], ...]]] = {
     "control_child": (Stop, Evaluate, Noted),
     "operator": (StatusReply, CommandReply),
     "learner": (Hello, Unroll, PullWeights),
-    "actor": (Acknowledged, Credit, Refused, Weights),
+    "actor": (Welcome, Acknowledged, Credit, Refused, Weights),
 }
 """What each end of a socket accepts; anything else is refused there and counted."""

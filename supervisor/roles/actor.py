@@ -21,7 +21,18 @@ from esper_simic.trajectory import encode
 from esper_simic.unroll import UnrollCarry, begin, unroll
 from supervisor.bus import Client, Poller, Received
 from supervisor.child import ChildSpec
-from supervisor.protocol import ACCEPTS, Acknowledged, Credit, Hello, PullWeights, Refused, Stopped, Unroll, Weights
+from supervisor.protocol import (
+    ACCEPTS,
+    Acknowledged,
+    Credit,
+    Hello,
+    PullWeights,
+    Refused,
+    Stopped,
+    Unroll,
+    Weights,
+    Welcome,
+)
 from supervisor.roles.channel import ControlChannel
 
 WAIT_MS: Final = 200.0
@@ -45,6 +56,7 @@ class LearnerLine:
         self.credits = 0
         self.version = -1
         self.newest_version = -1
+        self.first_episodes: list[int] | None = None
         self.unacknowledged: set[int] = set()
         self.refused = 0
         self._client.send(Hello(actor=spec.who.index, incarnation=spec.who.incarnation))
@@ -64,13 +76,19 @@ class LearnerLine:
         self.unacknowledged.add(message.sequence)
         self._client.send(message, frames)
 
-    def take(self, policy: GraphPolicy) -> bool:
-        """Handle all that came; whether an answer about weights was among it."""
+    def take(self, policy: GraphPolicy | None = None) -> bool:
+        """Handle all that came; whether an answer about weights was among it.
+
+        Args:
+            policy: Gets new weights; none are asked for before there is one.
+        """
         answered = False
         while (received := self._client.receive()) is not None:
             if not isinstance(received, Received):
                 continue
             match received.message:
+                case Welcome(first_episodes=first_episodes):
+                    self.first_episodes = first_episodes
                 case Credit(count=count, policy_version=version):
                     self.credits += count
                     self.newest_version = max(self.newest_version, version)
@@ -81,7 +99,7 @@ class LearnerLine:
                     self.refused += 1
                 case Weights(version=version):
                     answered = True
-                    if received.frames:
+                    if received.frames and policy is not None:
                         policy.load_state_dict(safetensors.torch.load(received.frames[0]))
                         self.version = version
                 case _:
@@ -97,36 +115,57 @@ def main(spec: ChildSpec) -> None:
     """Be actor `spec.who.index` until told to stop."""
     torch.set_num_threads(1)
     config = parse(spec.config_text)
-    trainer = config.simic_trainer
-    index = spec.who.index
-    lanes = config.environment.environments_per_actor
-    lane_seeds = [seeding.derive(trainer.seed, "actor", index, spec.who.incarnation, lane) for lane in range(lanes)]
-    env = GrowingHostVectorEnv(lanes, config.environment, gamma=trainer.gamma, lane_seeds=lane_seeds)
-    observation, _ = env.reset()
-    policy = GraphPolicy(env.spec_observation, trainer, seeding.generator(trainer.seed, "policy"))
-    carry = begin(policy, observation, lane_seeds, np.zeros(lanes, dtype=np.int64))
     line = LearnerLine(spec, config)
     try:
         with ControlChannel(spec, config.supervisor.frame_bytes_max) as control:
             control.ready()
-            _act(spec, config, control, line, env, policy, carry)
-            control.tell(Stopped(role=spec.who.role, index=index, incarnation=spec.who.incarnation))
+            if _await_welcome(control, line):
+                _act(spec, config, control, line)
+            control.tell(Stopped(role=spec.who.role, index=spec.who.index, incarnation=spec.who.incarnation))
     finally:
         line.close()
 
 
-def _act(
-    spec: ChildSpec,
-    config: Config,
-    control: ControlChannel,
-    line: LearnerLine,
-    env: GrowingHostVectorEnv,
-    policy: GraphPolicy,
-    carry: UnrollCarry,
-) -> None:
+def _await_welcome(control: ControlChannel, line: LearnerLine) -> bool:
+    """Wait until the learner says where the lanes begin; false when told to stop instead."""
+    poller = _poller(control, line)
+    while line.first_episodes is None:
+        if control.stop_requested() is not None:
+            return False
+        control.report(waiting_for="learner")
+        poller.wait(WAIT_MS)
+        line.take()
+    return True
+
+
+def _poller(control: ControlChannel, line: LearnerLine) -> Poller:
     poller = Poller()
     poller.add(control.client)
     poller.add(line.client)
+    return poller
+
+
+def _begin(
+    spec: ChildSpec, config: Config, first_episodes: list[int]
+) -> tuple[GrowingHostVectorEnv, GraphPolicy, UnrollCarry]:
+    """The actor's lanes, reset, and its policy, still without weights.
+
+    The chance of a lane is named by run, actor and lane, not by incarnation: a new one goes on with the next episodes.
+    """
+    trainer = config.simic_trainer
+    lanes = config.environment.environments_per_actor
+    lane_seeds = [seeding.derive(trainer.seed, "actor", spec.who.index, lane) for lane in range(lanes)]
+    env = GrowingHostVectorEnv(
+        lanes, config.environment, gamma=trainer.gamma, lane_seeds=lane_seeds, first_episodes=first_episodes
+    )
+    observation, _ = env.reset()
+    policy = GraphPolicy(env.spec_observation, trainer, seeding.generator(trainer.seed, "policy"))
+    return env, policy, begin(policy, observation, lane_seeds, np.array(first_episodes, dtype=np.int64))
+
+
+def _act(spec: ChildSpec, config: Config, control: ControlChannel, line: LearnerLine) -> None:
+    poller = _poller(control, line)
+    env, policy, carry = _begin(spec, config, line.first_episodes or [])
     length = config.simic_trainer.unroll_length
     sequence = 0
     while control.stop_requested() is None:
@@ -170,7 +209,9 @@ def _await_turn(
         quiet = not poller.wait(WAIT_MS)
         silent_polls += quiet and not answered
         if silent_polls > ANSWER_TIMEOUT_POLLS:
-            raise UnavailableError(f"the learner gave no weights in {ANSWER_TIMEOUT_POLLS * WAIT_MS / 1000:g} s")
+            raise UnavailableError(
+                f"the learner gave no weights in {ANSWER_TIMEOUT_POLLS * WAIT_MS / 1000:g} s"
+            )
 
 
 def _metrics(line: LearnerLine) -> dict[str, float]:

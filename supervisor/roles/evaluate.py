@@ -34,9 +34,7 @@ def main(spec: ChildSpec) -> None:
             if task is None:
                 control.report(waiting_for="task")
                 continue
-            outcome = measure(config, task)
-            control.worked()
-            control.report(now=True)
+            outcome = measure(config, task, control)
             control.tell(
                 Evaluated(
                     role=role,
@@ -52,15 +50,21 @@ def main(spec: ChildSpec) -> None:
         control.tell(Stopped(role=role, index=index, incarnation=incarnation))
 
 
-def measure(config: Config, task: Evaluate) -> PolicyOutcome:
-    """Run a task's episodes.
+def measure(config: Config, task: Evaluate, control: ControlChannel) -> PolicyOutcome:
+    """Run a task's episodes, reporting progress on the way.
 
     Raises:
         ContractError: The checkpoint of the learned policy is damaged.
     """
     policy = load_policy(config, Path(task.checkpoint)) if task.policy == LEARNED else None
     seeds = held_out_seeds(config.simic_trainer.seed, task.episodes)
-    return evaluate(task.policy, config.environment, seeds, gamma=config.simic_trainer.gamma, policy=policy)
+
+    def progressed() -> None:
+        control.worked()
+        control.report()
+
+    gamma = config.simic_trainer.gamma
+    return evaluate(task.policy, config.environment, seeds, gamma=gamma, policy=policy, observer=progressed)
 
 
 def load_policy(config: Config, checkpoint: Path) -> GraphPolicy:
@@ -68,10 +72,16 @@ def load_policy(config: Config, checkpoint: Path) -> GraphPolicy:
     _, files = checkpoints.load(checkpoint)
     tensors = safetensors.torch.load(files["state.safetensors"])
     policy = GraphPolicy(
-        observation_spec_of(config.environment), config.simic_trainer, seeding.generator(config.simic_trainer.seed, "policy")
+        observation_spec_of(config.environment),
+        config.simic_trainer,
+        seeding.generator(config.simic_trainer.seed, "policy"),
     )
     policy.load_state_dict(
-        {name.removeprefix(POLICY_PREFIX): value for name, value in tensors.items() if name.startswith(POLICY_PREFIX)}
+        {
+            name.removeprefix(POLICY_PREFIX): value
+            for name, value in tensors.items()
+            if name.startswith(POLICY_PREFIX)
+        }
     )
     return policy
 

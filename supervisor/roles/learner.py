@@ -18,7 +18,13 @@ import torch
 
 from esper_simic.config import Config, parse
 from esper_simic.errors import BudgetExceeded, ContractError, UnavailableError
-from esper_simic.events import CheckpointSaved, ExperienceAdmitted, ExperienceRefused, LearnerStepped, RunStarted
+from esper_simic.events import (
+    CheckpointSaved,
+    ExperienceAdmitted,
+    ExperienceRefused,
+    LearnerStepped,
+    RunStarted,
+)
 from esper_simic.fingerprint import fingerprint
 from esper_simic.growing_host.spaces import observation_spec_of
 from esper_simic.learner import Learner, StepReport
@@ -39,12 +45,16 @@ from supervisor.protocol import (
     Stopped,
     Unroll,
     Weights,
+    Welcome,
 )
 from supervisor.roles.channel import ControlChannel
 
 WAIT_MS: Final = 50.0
 STATE_FILE: Final = "state.safetensors"
 NUMBERS_FILE: Final = "numbers.json"
+
+SEQUENCES_KEPT: Final = 64
+"""Unrolls of an actor whose positions are remembered, to acknowledge a repeated one again; more than its credits."""
 
 
 class LearnerLoop:
@@ -59,6 +69,7 @@ class LearnerLoop:
         self._senders: dict[int, str] = {}
         self._actor_of: dict[int, int] = {}
         self._credits_out: dict[int, int] = {}
+        self._positions: dict[int, dict[int, int]] = {}
         self._refused: dict[str, int] = {}
         self.metrics: dict[str, float] = {}
 
@@ -91,11 +102,16 @@ class LearnerLoop:
         self._senders[hello.actor] = peer
         held = sum(actor == hello.actor for actor in self._actor_of.values())
         self._credits_out[hello.actor] = held
+        self._positions[hello.actor] = {}
+        self._send(peer, Welcome(first_episodes=self._learner.next_episodes(hello.actor)))
         self._give_credit(hello.actor, self._config.supervisor.unrolls_in_flight - held)
 
     def _take_unroll(self, peer: str, message: Unroll, frames: tuple[bytes, ...]) -> None:
         if self._senders.get(message.actor) != peer:
             self._refuse(peer, message, "not_the_living_incarnation")
+            return
+        if message.sequence in self._positions[message.actor]:
+            self._acknowledge(peer, message, self._positions[message.actor][message.sequence])
             return
         trainer = self._config.simic_trainer
         if self._learner.lag(message.policy_version) >= trainer.max_policy_lag:
@@ -118,13 +134,31 @@ class LearnerLoop:
         )
         position = self._append(event, frames)
         self._actor_of[position] = message.actor
-        self._owe(position, lambda: self._send(peer, Acknowledged(sequence=message.sequence, position=position)))
+        self._remember(message, position)
+        self._acknowledge(peer, message, position)
         self._return_credits(position, self._learner.admit(position, event, trajectory))
+
+    def _acknowledge(self, peer: str, message: Unroll, position: int) -> None:
+        """Say that the unroll is durable, once it is. A repeated one gets the first one's position."""
+        self._owe(
+            position, lambda: self._send(peer, Acknowledged(sequence=message.sequence, position=position))
+        )
+
+    def _remember(self, message: Unroll, position: int) -> None:
+        positions = self._positions[message.actor]
+        positions[message.sequence] = position
+        if len(positions) > SEQUENCES_KEPT:
+            del positions[min(positions)]
 
     def _decode(self, message: Unroll, frames: tuple[bytes, ...]) -> Trajectory:
         expected = (self._config.simic_trainer.unroll_length, self._config.environment.environments_per_actor)
-        if (message.steps, message.lanes) != expected:
-            raise ContractError(f"an unroll of this run has (steps, lanes) {expected}, not {message.steps, message.lanes}")
+        if (message.steps, message.lanes) != expected or len(message.episode_numbers) != message.lanes:
+            raise ContractError(
+                f"an unroll of this run has (steps, lanes) {expected}, not {message.steps, message.lanes} with "
+                f"{len(message.episode_numbers)} episode numbers"
+            )
+        if any(not 0 <= episode.lane < message.lanes for episode in message.episodes):
+            raise ContractError(f"an ended episode names a lane outside [0, {message.lanes})")
         if message.policy_version > self._learner.steps_done:
             raise ContractError(f"policy version {message.policy_version} was never made")
         policy = self._learner.policy
@@ -210,7 +244,9 @@ class LearnerLoop:
     def counters(self) -> dict[str, float]:
         """Refusals by cause, of unrolls and of frames."""
         counts = {f"refused.{cause}": float(count) for cause, count in self._refused.items()}
-        return counts | {f"refused.frame.{cause}": float(count) for cause, count in self._server.refused.items()}
+        return counts | {
+            f"refused.frame.{cause}": float(count) for cause, count in self._server.refused.items()
+        }
 
     # -- the end ---------------------------------------------------------------------------------------------------
 
@@ -220,7 +256,9 @@ class LearnerLoop:
         position = self._journal.sync()
         digest = learner.state_digest()
         files = {
-            STATE_FILE: safetensors.torch.save({n: t.contiguous() for n, t in learner.state_tensors().items()}),
+            STATE_FILE: safetensors.torch.save(
+                {n: t.contiguous() for n, t in learner.state_tensors().items()}
+            ),
             NUMBERS_FILE: msgspec.json.format(msgspec.json.encode(learner.state_numbers()), indent=2),
         }
         directory = checkpoints.save(
@@ -279,7 +317,9 @@ def main(spec: ChildSpec) -> None:
         ) as server,
         ControlChannel(spec, limits.frame_bytes_max) as control,
     ):
-        started = RunStarted(run_id=spec.run_id, preset="", config=config.model_dump(mode="json"), fingerprint=fingerprint())
+        started = RunStarted(
+            run_id=spec.run_id, config=config.model_dump(mode="json"), fingerprint=fingerprint()
+        )
         journal.append("RunStarted", started)
         journal.sync()
         loop = LearnerLoop(spec, config, journal, server)

@@ -415,8 +415,9 @@ def test_a_reader_that_goes_away_is_no_traceback(tmp_path: Path, count: int) -> 
     first, *_ = training().events
     run_dir = record(tmp_path / "run", [first] * count)
     command = [sys.executable, "-m", "supervisor.cli", "log", "cat", str(run_dir)]
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     reader, writer = os.pipe()
-    process = subprocess.Popen(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stdout=writer, stderr=subprocess.PIPE, text=True, env=buffered)
     os.close(writer)
     if count > 3:
         assert os.read(reader, 100).startswith(b'{"position":0')
