@@ -39,6 +39,9 @@ FORCED_VALUE_WEIGHT: Final = 0.2
 
 EPISODE_WINDOW: Final = 100
 
+ADAM_EPSILON: Final = 1e-5
+"""Larger than Adam's own 1e-8: steps of parameters whose gradients are nearly always 0 stay small."""
+
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
@@ -69,12 +72,11 @@ class Learner:
             config.experience_buffer.capacity, spec, trainer.unroll_length, self.policy.state_size
         )
         self._optimizers = {
-            "policy": torch.optim.Adam(
-                self.policy.policy_parameters(), lr=trainer.effective_policy_lr, fused=True
-            ),
-            "value": torch.optim.Adam(
-                self.policy.value_parameters(), lr=trainer.effective_value_lr, fused=True
-            ),
+            name: torch.optim.Adam(parameters, lr=rate, eps=ADAM_EPSILON, fused=True)
+            for name, parameters, rate in (
+                ("policy", self.policy.policy_parameters(), trainer.effective_policy_lr),
+                ("value", self.policy.value_parameters(), trainer.effective_value_lr),
+            )
         }
         self.learning_rates = UnifiedLRController()
         for name, optimizer, policy, base in (

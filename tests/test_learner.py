@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -114,7 +115,8 @@ def test_a_fresh_process_comes_to_the_same_bits() -> None:
     expected = [history(learn(learner, ORDER)), learner.state_digest()]
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     command = [sys.executable, "-W", "ignore", "-c", SCRIPT]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    root = Path(__file__).parent.parent
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment, cwd=root)
     assert json.loads(done.stdout) == json.loads(json.dumps(expected))
 
 

@@ -171,6 +171,17 @@ def test_a_lane_does_not_depend_on_its_neighbours() -> None:
     assert torch.allclose(together.behaviour_log_probs[:, 2:], alone.behaviour_log_probs, rtol=0, atol=1e-4)
 
 
+def test_an_episode_is_the_same_whatever_was_before_it(
+    whole: tuple[Trajectory, list[EpisodeFinished]],
+) -> None:
+    begins = 2  # lane 0 is cut after two epochs; its next episode is the whole one numbered FIRST + 1
+    environment, policy, carry = start([FIRST[0] + 1], SEEDS[:1])
+    alone, _ = unroll(policy, environment, carry, HORIZON)
+    assert torch.equal(whole[0].actions[begins : begins + HORIZON, 0], alone.actions[:, 0])
+    expected = whole[0].rewards[begins : begins + HORIZON, 0]
+    assert torch.allclose(alone.rewards[:, 0], expected, rtol=0, atol=1e-4)
+
+
 def test_chance_is_the_stream_of_lane_and_episode() -> None:
     chance = ActionChance([5, 6], [0, 3])
     first = [chance.draw(), chance.draw()]

@@ -34,7 +34,9 @@ def observations(rng: np.random.Generator, *lead: int, spec: ObservationSpec = S
     slot_mask = rng.random((count, spec.slots)) < 0.8
     occupied = slot_mask & (rng.random((count, spec.slots)) < 0.7)
     # What stands behind a slot that is not there must not matter, so it is not empty.
-    blueprint = np.where(occupied | ~slot_mask, rng.integers(0, len(BLUEPRINTS), slot_mask.shape), len(BLUEPRINTS))
+    blueprint = np.where(
+        occupied | ~slot_mask, rng.integers(0, len(BLUEPRINTS), slot_mask.shape), len(BLUEPRINTS)
+    )
     host_mask = np.arange(spec.host_nodes) < layers[:, None]
     host_nodes = rng.normal(size=(count, spec.host_nodes, spec.host_features))
     slot_nodes = rng.normal(size=(count, spec.slots, spec.slot_features))
