@@ -49,7 +49,9 @@ class Section(BaseModel):
 class TrainerConfig(Section):
     """`simic_trainer`: the algorithm and its numbers."""
 
-    algorithm: Literal["IMPALA"] = Field("IMPALA", description="The learner's algorithm: IMPALA with V-trace.")
+    algorithm: Literal["IMPALA"] = Field(
+        "IMPALA", description="The learner's algorithm: IMPALA with V-trace."
+    )
     learning_rate: float = Field(3e-4, ge=1e-6, le=1e-2, description="Adam step size of both optimisers.")
     policy_lr: float | None = Field(
         None, ge=1e-6, le=1e-2, description="Step size of trunk and policy heads; unset means learning_rate."
@@ -61,15 +63,23 @@ class TrainerConfig(Section):
     warmup_epochs: int = Field(
         10, ge=0, description="Updates over which learning rates rise linearly to their base value."
     )
-    batch_size: int = Field(32, ge=8, le=256, description="Experiences (lane unrolls) an update; a power of two.")
-    gamma: float = Field(0.99, ge=0.9, le=0.999, description="Discount; the reward's shaping uses the same one.")
-    max_grad_norm: float = Field(0.5, gt=0, description="Global gradient norm above which gradients are scaled.")
+    batch_size: int = Field(
+        32, ge=8, le=256, description="Experiences (lane unrolls) an update; a power of two."
+    )
+    gamma: float = Field(
+        0.99, ge=0.9, le=0.999, description="Discount; the reward's shaping uses the same one."
+    )
+    max_grad_norm: float = Field(
+        0.5, gt=0, description="Global gradient norm above which gradients are scaled."
+    )
     rho_bar: float = Field(1.0, gt=0, description="V-trace truncation of importance weights in the target.")
     c_bar: float = Field(1.0, gt=0, description="V-trace truncation of the trace coefficients.")
     vtrace_lambda: float = Field(1.0, gt=0, le=1, description="V-trace lambda: decay of the trace.")
     value_coefficient: float = Field(0.5, ge=0, description="Weight of the value loss in the total loss.")
     entropy_coefficient: float = Field(0.02, ge=0, description="Weight of the entropy bonus at the start.")
-    entropy_coefficient_final: float = Field(0.004, ge=0, description="Weight of the entropy bonus at the end.")
+    entropy_coefficient_final: float = Field(
+        0.004, ge=0, description="Weight of the entropy bonus at the end."
+    )
     entropy_anneal_steps: int = Field(
         50_000, ge=1, description="Environment steps over which the entropy weight falls linearly."
     )
@@ -127,9 +137,13 @@ class BufferConfig(Section):
 class RewardConfig(Section):
     """`environment.reward`: the weights of the BASIC reward, each a named part of the reward."""
 
-    mode: Literal["basic"] = Field("basic", description="Which reward; BASIC cannot be farmed by never fossilising.")
+    mode: Literal["basic"] = Field(
+        "basic", description="Which reward; BASIC cannot be farmed by never fossilising."
+    )
     potential_weight: float = Field(0.3, ge=0, description="Weight of the potential-based shaping.")
-    stage_bonus_per_epoch: float = Field(0.3, ge=0, description="Growth of a slot's potential per epoch in its stage.")
+    stage_bonus_per_epoch: float = Field(
+        0.3, ge=0, description="Growth of a slot's potential per epoch in its stage."
+    )
     stage_bonus_max: float = Field(2.0, ge=0, description="Bound of that growth.")
     rent_weight: float = Field(
         0.01, ge=0, description="Cost per epoch of blended parameters, relative to the host's own count."
@@ -139,9 +153,13 @@ class RewardConfig(Section):
         0.5, ge=0, description="Reward per accuracy point (harmonic mean of contribution and progress)."
     )
     fossil_bonus_max: float = Field(5.0, ge=0, description="Bound of the whole fossil bonus.")
-    terminal_accuracy_weight: float = Field(0.05, ge=0, description="Reward per accuracy point at the episode's end.")
+    terminal_accuracy_weight: float = Field(
+        0.05, ge=0, description="Reward per accuracy point at the episode's end."
+    )
     terminal_parameter_weight: float = Field(
-        0.1, ge=0, description="Cost at the episode's end of added parameters, relative to the host's own count."
+        0.1,
+        ge=0,
+        description="Cost at the episode's end of added parameters, relative to the host's own count.",
     )
 
 
@@ -156,16 +174,22 @@ class EnvironmentConfig(Section):
     max_epochs: int = Field(60, ge=4, le=10_000, description="Host epochs in an episode (its horizon).")
     train_batches: int = Field(8, ge=1, le=10_000, description="Training batches in a host epoch.")
     train_batch_size: int = Field(32, ge=2, le=4096, description="Samples in a training batch of one host.")
-    validation_samples: int = Field(256, ge=10, le=1_000_000, description="Held-out samples measured each epoch.")
+    validation_samples: int = Field(
+        256, ge=10, le=1_000_000, description="Held-out samples measured each epoch."
+    )
     host_lr: float = Field(0.03, gt=0, le=10, description="SGD learning rate of the host.")
     seed_lr: float = Field(0.03, gt=0, le=10, description="SGD learning rate of a seed.")
     momentum: float = Field(0.9, ge=0, lt=1, description="SGD momentum of host and seeds.")
-    max_grad_norm: float = Field(1.0, gt=0, description="Gradient norm limit of the host and of each seed, apart.")
+    max_grad_norm: float = Field(
+        1.0, gt=0, description="Gradient norm limit of the host and of each seed, apart."
+    )
     training_epochs_min: int = Field(10, ge=1, description="Epochs in TRAINING before gate G2 can open.")
     gradient_health_min: float = Field(0.7, ge=0, le=1, description="Gradient health that gate G2 asks for.")
     prune_age_min: int = Field(5, ge=0, description="Epochs a seed must have lived before it may be pruned.")
     embargo_epochs: int = Field(5, ge=0, description="Epochs a pruned slot stays closed.")
-    max_seeds: int | None = Field(None, ge=1, description="Seeds alive or fossilised at once; unset: all slots.")
+    max_seeds: int | None = Field(
+        None, ge=1, description="Seeds alive or fossilised at once; unset: all slots."
+    )
     mask_gates: bool = Field(True, description="Mask an ADVANCE or FOSSILIZE that its gate would refuse.")
     stagger: bool = Field(True, description="Cut lanes' first episodes short so that their phases spread.")
     reward: RewardConfig = Field(default_factory=RewardConfig)
@@ -195,22 +219,34 @@ class SupervisorConfig(Section):
 
     num_actors: int = Field(2, ge=1, le=512, description="Actor processes, one thread each.")
     learner_threads: int = Field(1, ge=1, le=256, description="Intra-op threads of the learner.")
-    unrolls_in_flight: int = Field(2, ge=1, le=64, description="Credits: unrolls of one actor not yet consumed.")
+    unrolls_in_flight: int = Field(
+        2, ge=1, le=64, description="Credits: unrolls of one actor not yet consumed."
+    )
     max_seconds: float | None = Field(None, gt=0, description="Training ends after so many seconds.")
     max_steps: int | None = Field(None, ge=1, description="Training ends after so many environment steps.")
     ready_timeout_s: float = Field(120.0, gt=0, description="A child that is not READY by then is replaced.")
-    progress_timeout_s: float = Field(120.0, gt=0, description="A child that reports no progress so long is replaced.")
+    progress_timeout_s: float = Field(
+        120.0, gt=0, description="A child that reports no progress so long is replaced."
+    )
     stop_timeout_s: float = Field(20.0, gt=0, description="A child asked to stop is killed after so long.")
-    max_restarts: int = Field(5, ge=0, description="Restarts of one child within the window before giving up.")
+    max_restarts: int = Field(
+        5, ge=0, description="Restarts of one child within the window before giving up."
+    )
     restart_window_s: float = Field(60.0, gt=0, description="Window in which restarts are counted.")
-    restart_backoff_s: float = Field(0.5, ge=0, description="First delay before a restart; it doubles each time.")
+    restart_backoff_s: float = Field(
+        0.5, ge=0, description="First delay before a restart; it doubles each time."
+    )
     restart_backoff_max_s: float = Field(30.0, gt=0, description="Bound of that delay.")
     frame_bytes_max: int = Field(64 * 2**20, ge=2**16, description="A larger message is refused.")
-    journal_segment_bytes_max: int = Field(64 * 2**20, ge=2**16, description="A journal segment's size limit.")
+    journal_segment_bytes_max: int = Field(
+        64 * 2**20, ge=2**16, description="A journal segment's size limit."
+    )
     journal_commit_interval_ms: float = Field(5.0, gt=0, le=1000, description="Group commit: longest wait.")
     journal_commit_records_max: int = Field(256, ge=1, description="Group commit: most records.")
     journal_commit_bytes_max: int = Field(2**20, ge=2**12, description="Group commit: most bytes.")
-    evaluation_episodes: int = Field(64, ge=2, le=100_000, description="Held-out episodes per evaluated policy.")
+    evaluation_episodes: int = Field(
+        64, ge=2, le=100_000, description="Held-out episodes per evaluated policy."
+    )
     evaluation_workers: int = Field(2, ge=1, le=64, description="Processes that evaluate at the end.")
 
 
@@ -236,13 +272,24 @@ class Config(Section):
                 f"experience_buffer.capacity {buffer.capacity}"
             )
         in_flight = (
-            self.supervisor.num_actors * self.supervisor.unrolls_in_flight * self.environment.environments_per_actor
+            self.supervisor.num_actors
+            * self.supervisor.unrolls_in_flight
+            * self.environment.environments_per_actor
         )
         if buffer.capacity < in_flight:
             raise ValueError(
                 f"experience_buffer.capacity {buffer.capacity} cannot hold the {in_flight} experiences that "
                 f"num_actors x unrolls_in_flight x environments_per_actor allow; raise it, or lower "
                 f"supervisor.unrolls_in_flight"
+            )
+        lanes = self.environment.environments_per_actor
+        # An unroll holds its credit until the last of its lanes is consumed, so one may be stuck with a single one.
+        fresh_at_least = in_flight - lanes + 1
+        if fresh_at_least < fresh_per_batch(self):
+            raise ValueError(
+                f"a batch takes {fresh_per_batch(self)} fresh experiences, but with num_actors x unrolls_in_flight x "
+                f"environments_per_actor = {in_flight} as few as {fresh_at_least} may ever be there: the run would "
+                f"wait for ever; raise one of them, or experience_buffer.replay_ratio"
             )
         if fresh_per_batch(self) < 1:
             raise ValueError(
@@ -262,7 +309,9 @@ def _distinct_known(value: tuple[str, ...], known: Iterable[str], noun: str) -> 
     known = tuple(known)
     for name in value:
         if name not in known:
-            raise ValueError(f"unknown {noun} {name!r}{_did_you_mean(name, known)}; known: {', '.join(known)}")
+            raise ValueError(
+                f"unknown {noun} {name!r}{_did_you_mean(name, known)}; known: {', '.join(known)}"
+            )
     if not value or len(set(value)) != len(value):
         raise ValueError(f"name at least one {noun}, each once")
     return value
@@ -366,7 +415,9 @@ def _keys_at(path: tuple[str, ...]) -> list[str]:
     model: type[BaseModel] = Config
     for part in path:
         field = model.model_fields.get(part)
-        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
+        if field is None or not (
+            isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+        ):
             return []
         model = field.annotation
     return list(model.model_fields)

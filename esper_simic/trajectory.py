@@ -20,7 +20,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from esper_simic.actions import BLUEPRINTS, HEADS, head_sizes
+from esper_simic.actions import BLUEPRINTS, CHOICE_HEADS, HEADS, Op, head_sizes
 from esper_simic.errors import ContractError
 from esper_simic.graphs import OBSERVATION_KEYS, ObservationSpec
 
@@ -120,7 +120,9 @@ def frame_layout(spec: ObservationSpec, length: int, lanes: int, state_size: int
         ("ended", (length, lanes), "?", 1),
         ("truncation_values", (length, lanes), "<f4", 1),
     )
-    return observations + tuple(FrameSpec(name, shape, np.dtype(kind), axis) for name, shape, kind, axis in plain)
+    return observations + tuple(
+        FrameSpec(name, shape, np.dtype(kind), axis) for name, shape, kind, axis in plain
+    )
 
 
 def encode(trajectory: Trajectory) -> list[bytes]:
@@ -128,7 +130,9 @@ def encode(trajectory: Trajectory) -> list[bytes]:
     return [np.ascontiguousarray(tensor.numpy()).tobytes() for tensor in trajectory.tensors().values()]
 
 
-def decode(frames: Sequence[Buffer], spec: ObservationSpec, length: int, lanes: int, state_size: int) -> Trajectory:
+def decode(
+    frames: Sequence[Buffer], spec: ObservationSpec, length: int, lanes: int, state_size: int
+) -> Trajectory:
     """Read a trajectory from raw frames into memory of its own.
 
     Args:
@@ -156,7 +160,24 @@ def decode(frames: Sequence[Buffer], spec: ObservationSpec, length: int, lanes: 
         _check_values(np.frombuffer(frame, dtype=expected.dtype), expected, bounds)
         array = np.frombuffer(frame, dtype=expected.dtype).reshape(expected.shape)
         named[expected.name] = torch.from_numpy(array.copy())
+    _check_masks(named["observations.action_mask"], spec)
     return Trajectory.from_tensors(named)
+
+
+def _check_masks(masks: Tensor, spec: ObservationSpec) -> None:
+    """A packed mask that no environment makes would stop the learner in the middle of a step; refuse it here."""
+    layout = spec.mask_layout
+    operations = masks[..., layout.op].bool()
+    slots = masks[..., layout.op_slot].unflatten(-1, (len(Op), spec.slots)).bool()
+    if not bool(operations[..., Op.WAIT].all()):
+        raise ContractError("an action mask forbids WAIT, which is always legal")
+    if not torch.equal(operations, slots.any(dim=-1)):
+        raise ContractError(
+            "an action mask allows an operation without a slot for it, or a slot without its operation"
+        )
+    for head in CHOICE_HEADS:
+        if not bool(masks[..., layout.choices(head)].bool().any(dim=-1).all()):
+            raise ContractError(f"an action mask leaves no legal choice of {head}")
 
 
 def _exclusive_bounds(spec: ObservationSpec) -> dict[str, Array]:

@@ -111,6 +111,15 @@ def test_credits_must_fit_into_the_buffer() -> None:
         parse("{experience_buffer: {capacity: 64, min_experiences: 32}, supervisor: {num_actors: 8}}")
 
 
+def test_a_batch_that_the_credits_can_never_fill_is_refused() -> None:
+    few = "{supervisor: {num_actors: 1, unrolls_in_flight: 1}, environment: {environments_per_actor: 8}}"
+    with pytest.raises(ConfigError, match="wait for ever"):
+        parse(few)
+    # Two unrolls of 8: seven of the first may be consumed and its credit still be out, so 9 are sure.
+    enough = "{supervisor: {num_actors: 1}, environment: {environments_per_actor: 8}, simic_trainer: {batch_size: 8}}"
+    assert fresh_per_batch(parse(enough)) == 6
+
+
 def test_configuration_cannot_be_changed() -> None:
     with pytest.raises(ValueError, match="frozen"):
         Config().simic_trainer.seed = 3  # type: ignore[misc]

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import safetensors.torch
@@ -23,7 +24,7 @@ from esper_simic.algorithms.impala import impala_loss
 from esper_simic.config import Config, parse
 from esper_simic.errors import InvariantViolation
 from esper_simic.events import EpisodeFinished, ExperienceAdmitted
-from esper_simic.learner import FORCED_VALUE_WEIGHT, Learner, StepReport
+from esper_simic.learner import ADAM_EPSILON, FORCED_VALUE_WEIGHT, Learner, StepReport
 from esper_simic.trajectory import Trajectory
 from tests.policies.synthetic import SPEC, make_policy, trajectory
 
@@ -206,6 +207,22 @@ def test_lag_counts_updates() -> None:
     assert (learner.lag(0), learner.lag(1)) == (1, 0)
 
 
+def test_a_new_incarnation_begins_episodes_that_nobody_has_seen() -> None:
+    learner = Learner(make_config(), SPEC)
+    assert learner.next_episodes(0) == [0, 0, 0, 0]
+    ended = msgspec.structs.replace(make_episode(1.0), lane=2, number=7)
+    event = msgspec.structs.replace(make_event(0, episodes=[ended]), episode_numbers=[3, 4, 7, 5])
+    before = learner.state_numbers()
+    learner.admit(0, event, make_unroll(0))
+    # Whether an actor names the episodes before or after the unroll, number 8 of lane 2 may have begun.
+    assert learner.next_episodes(0) == [4, 5, 9, 6]
+    assert learner.next_episodes(1) == [0, 0, 0, 0]
+    learner.next_episodes(0)[0] = 99
+    assert learner.next_episodes(0)[0] == 4
+    after = learner.state_numbers()
+    assert (before["next_episodes"], after["next_episodes"]) == ({}, {"0": [4, 5, 9, 6]})
+
+
 # -- what goes into the loss -------------------------------------------------------------------------------------------
 
 
@@ -321,7 +338,7 @@ def test_the_first_step_is_one_step_of_adam_on_the_clipped_gradient() -> None:
     for old, new, gradient in zip(before, learner.policy.parameters(), gradients, strict=True):
         assert gradient is not None
         clipped = gradient * (0.01 / norm)
-        expected = old - rate * clipped / (clipped.abs() + 1e-8)
+        expected = old - rate * clipped / (clipped.abs() + ADAM_EPSILON)
         assert torch.allclose(new, expected, rtol=0, atol=2e-6)
 
 

@@ -28,6 +28,7 @@ def make(lanes: int, seed: int, mark: float = 0.0) -> Trajectory:
         else:
             array = rng.integers(0, 2, size=frame.shape).astype(frame.dtype)
         named[frame.name] = torch.from_numpy(array)
+    named["observations.action_mask"][:] = 1
     named["rewards"] = (mark + torch.arange(lanes, dtype=torch.float32)).expand(T, lanes).contiguous()
     return Trajectory.from_tensors(named)
 
@@ -77,6 +78,22 @@ def broken(name: str, value: float, dtype: str) -> list[bytes]:
 def test_values_that_would_hurt_later_are_refused(name: str, value: float, dtype: str, says: str) -> None:
     with pytest.raises(ContractError, match=f"frame {name} .*{says}"):
         decode(broken(name, value, dtype), SPEC, T, 2, STATE)
+
+
+@pytest.mark.parametrize(
+    ("hidden", "says"),
+    [
+        (slice(0, 1), "forbids WAIT"),
+        (slice(6 + 3, 6 + 6), "without a slot"),
+        (slice(1, 2), "without its operation"),
+        (SPEC.mask_layout.choices("blueprint"), "no legal choice of blueprint"),
+    ],
+)
+def test_masks_that_would_stop_the_learner_are_refused(hidden: slice, says: str) -> None:
+    trajectory = make(2, seed=0)
+    trajectory.observations["action_mask"][1, 1, hidden] = 0
+    with pytest.raises(ContractError, match=says):
+        decode(encode(trajectory), SPEC, T, 2, STATE)
 
 
 def test_the_last_choice_of_every_head_is_legal() -> None:

@@ -7,7 +7,8 @@ they rest on: acknowledgements, credits, and the announcement of a version.
 
 from __future__ import annotations
 
-from collections import deque
+import math
+from collections import Counter, deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
@@ -48,13 +49,14 @@ from supervisor.protocol import (
     Welcome,
 )
 from supervisor.roles.channel import ControlChannel
+from supervisor.roles.senders import REPEATED, Answer, Senders
 
 WAIT_MS: Final = 50.0
 STATE_FILE: Final = "state.safetensors"
 NUMBERS_FILE: Final = "numbers.json"
 
-SEQUENCES_KEPT: Final = 64
-"""Unrolls of an actor whose positions are remembered, to acknowledge a repeated one again; more than its credits."""
+EPISODE_NUMBER_MAX: Final = 2**53
+"""No lane gets that far; a larger number is nonsense from the wire."""
 
 
 class LearnerLoop:
@@ -66,11 +68,9 @@ class LearnerLoop:
         self._learner = Learner(config, observation_spec_of(config.environment), rank=spec.who.index)
         self._owed: deque[tuple[int, Callable[[], None]]] = deque()
         self._published: tuple[int, bytes] = (0, self._learner.weights())
-        self._senders: dict[int, str] = {}
-        self._actor_of: dict[int, int] = {}
-        self._credits_out: dict[int, int] = {}
-        self._positions: dict[int, dict[int, int]] = {}
-        self._refused: dict[str, int] = {}
+        limits = config.supervisor
+        self._senders = Senders(limits.num_actors, limits.unrolls_in_flight)
+        self._refused: Counter[str] = Counter()
         self.metrics: dict[str, float] = {}
 
     @property
@@ -99,29 +99,38 @@ class LearnerLoop:
 
     def _greet(self, peer: str, hello: Hello) -> None:
         """A new incarnation gets the credits that its predecessor does not still hold."""
-        self._senders[hello.actor] = peer
-        held = sum(actor == hello.actor for actor in self._actor_of.values())
-        self._credits_out[hello.actor] = held
-        self._positions[hello.actor] = {}
+        if not self._senders.greet(peer, hello.actor, hello.incarnation):
+            self._count("greeting")
+            return
         self._send(peer, Welcome(first_episodes=self._learner.next_episodes(hello.actor)))
-        self._give_credit(hello.actor, self._config.supervisor.unrolls_in_flight - held)
+        self._give_credit(hello.actor, self._config.supervisor.unrolls_in_flight)
 
     def _take_unroll(self, peer: str, message: Unroll, frames: tuple[bytes, ...]) -> None:
-        if self._senders.get(message.actor) != peer:
-            self._refuse(peer, message, "not_the_living_incarnation")
+        actor, sequence = message.actor, message.sequence
+        if not self._senders.is_living(peer, actor, message.incarnation):
+            self._refuse(peer, message, "not_the_living_incarnation", is_credit_back=False)
             return
-        if message.sequence in self._positions[message.actor]:
-            self._acknowledge(peer, message, self._positions[message.actor][message.sequence])
+        answer = self._senders.answered(actor, sequence)
+        if answer is not None:
+            self._count(REPEATED)
+            self._owe_answer(peer, sequence, answer)
             return
-        trainer = self._config.simic_trainer
-        if self._learner.lag(message.policy_version) >= trainer.max_policy_lag:
-            self._refuse(peer, message, "too_old")
+        if not self._senders.has_room(actor):
+            self._refuse(peer, message, "no_credit", is_credit_back=False)
             return
         try:
-            trajectory = self._decode(message, frames)
+            self._check(message)
+            if self._learner.lag(message.policy_version) >= self._config.simic_trainer.max_policy_lag:
+                self._refuse(peer, message, "too_old")
+                return
+            policy = self._learner.policy
+            trajectory = decode(frames, policy.spec, message.steps, message.lanes, policy.state_size)
         except ContractError as error:
             self._refuse(peer, message, "malformed", str(error))
             return
+        self._admit(peer, message, frames, trajectory)
+
+    def _admit(self, peer: str, message: Unroll, frames: tuple[bytes, ...], trajectory: Trajectory) -> None:
         event = ExperienceAdmitted(
             actor=message.actor,
             incarnation=message.incarnation,
@@ -133,53 +142,61 @@ class LearnerLoop:
             episodes=message.episodes,
         )
         position = self._append(event, frames)
-        self._actor_of[position] = message.actor
-        self._remember(message, position)
-        self._acknowledge(peer, message, position)
+        self._senders.admitted(message.actor, message.sequence, position)
+        self._owe_answer(peer, message.sequence, Answer(position, ""))
         self._return_credits(position, self._learner.admit(position, event, trajectory))
 
-    def _acknowledge(self, peer: str, message: Unroll, position: int) -> None:
-        """Say that the unroll is durable, once it is. A repeated one gets the first one's position."""
-        self._owe(
-            position, lambda: self._send(peer, Acknowledged(sequence=message.sequence, position=position))
-        )
+    def _check(self, message: Unroll) -> None:
+        """Check what an unroll says of itself, before anything is made of its frames.
 
-    def _remember(self, message: Unroll, position: int) -> None:
-        positions = self._positions[message.actor]
-        positions[message.sequence] = position
-        if len(positions) > SEQUENCES_KEPT:
-            del positions[min(positions)]
-
-    def _decode(self, message: Unroll, frames: tuple[bytes, ...]) -> Trajectory:
-        expected = (self._config.simic_trainer.unroll_length, self._config.environment.environments_per_actor)
-        if (message.steps, message.lanes) != expected or len(message.episode_numbers) != message.lanes:
+        Raises:
+            ContractError: It is of another shape than this run's, or speaks of what cannot be.
+        """
+        shape = (message.steps, message.lanes)
+        if shape != self._shape:
+            raise ContractError(f"an unroll of this run has (steps, lanes) {self._shape}, not {shape}")
+        if not 0 <= message.policy_version <= self._published[0]:
             raise ContractError(
-                f"an unroll of this run has (steps, lanes) {expected}, not {message.steps, message.lanes} with "
-                f"{len(message.episode_numbers)} episode numbers"
+                f"policy version {message.policy_version} was never announced; the newest is {self._published[0]}"
             )
-        if any(not 0 <= episode.lane < message.lanes for episode in message.episodes):
-            raise ContractError(f"an ended episode names a lane outside [0, {message.lanes})")
-        if message.policy_version > self._learner.steps_done:
-            raise ContractError(f"policy version {message.policy_version} was never made")
-        policy = self._learner.policy
-        return decode(frames, policy.spec, message.steps, message.lanes, policy.state_size)
+        if len(message.episode_numbers) != message.lanes:
+            raise ContractError(f"{len(message.episode_numbers)} episode numbers for {message.lanes} lanes")
+        numbers = [*message.episode_numbers, *(episode.number for episode in message.episodes)]
+        if not all(0 <= number < EPISODE_NUMBER_MAX for number in numbers):
+            raise ContractError(f"an episode number is not in [0, {EPISODE_NUMBER_MAX})")
+        for episode in message.episodes:
+            if not 0 <= episode.lane < message.lanes:
+                raise ContractError(f"an episode of lane {episode.lane}; there are {message.lanes}")
+            if not (math.isfinite(episode.episode_return) and math.isfinite(episode.accuracy)):
+                raise ContractError(f"the outcome of an episode of lane {episode.lane} is not finite")
 
-    def _refuse(self, peer: str, message: Unroll, reason: str, detail: str = "") -> None:
+    @property
+    def _shape(self) -> tuple[int, int]:
+        """Steps and lanes of every unroll of this run."""
+        return self._config.simic_trainer.unroll_length, self._config.environment.environments_per_actor
+
+    def _refuse(
+        self, peer: str, message: Unroll, reason: str, detail: str = "", *, is_credit_back: bool = True
+    ) -> None:
+        """Refuse an unroll; one of another shape is not believed to be any steps at all."""
+        steps = math.prod(self._shape) if (message.steps, message.lanes) == self._shape else 0
         event = ExperienceRefused(
             actor=message.actor,
             incarnation=message.incarnation,
             sequence=message.sequence,
             policy_version=message.policy_version,
-            steps=max(0, message.steps * message.lanes),
+            steps=steps,
             reason=f"{reason}: {detail}" if detail else reason,
         )
-        self._refused[reason] = self._refused.get(reason, 0) + 1
+        self._count(reason)
         position = self._append(event)
         self._learner.count_refused(event.steps)
-        self._owe(position, lambda: self._send(peer, Refused(sequence=message.sequence, reason=reason)))
-        if self._senders.get(message.actor) == peer:
-            self._credits_out[message.actor] -= 1
-            self._owe(position, lambda: self._give_credit(message.actor, 1))
+        self._owe_answer(peer, message.sequence, Answer(position, reason))
+        actor = message.actor
+        if self._senders.is_living(peer, actor, message.incarnation):
+            self._senders.refused(actor, message.sequence, position, reason, is_credit_back=is_credit_back)
+        if is_credit_back:
+            self._owe(position, lambda: self._give_credit(actor, 1))
 
     # -- steps -----------------------------------------------------------------------------------------------------
 
@@ -220,23 +237,33 @@ class LearnerLoop:
 
     def _return_credits(self, position: int, consumed: tuple[int, ...]) -> None:
         for unroll in consumed:
-            actor = self._actor_of.pop(unroll)
-            self._credits_out[actor] -= 1
+            actor = self._senders.consumed(unroll)
             self._owe(position, lambda actor=actor: self._give_credit(actor, 1))  # type: ignore[misc]
 
     def _give_credit(self, actor: int, count: int) -> None:
-        """Give credits, never more than `unrolls_in_flight` in all."""
-        count = min(count, self._config.supervisor.unrolls_in_flight - self._credits_out[actor])
-        if count > 0:
-            self._credits_out[actor] += count
-            self._send(self._senders[actor], Credit(count=count, policy_version=self._published[0]))
+        """Give credits to the actor's present life, never more than `unrolls_in_flight` in all."""
+        granted = self._senders.grant(actor, count)
+        if granted > 0:
+            self._send(self._senders.peer_of(actor), Credit(count=granted, policy_version=self._published[0]))
+
+    def _owe_answer(self, peer: str, sequence: int, answer: Answer) -> None:
+        """Say what became of an unroll once that is durable; a repeated one is told the first answer."""
+        said = (
+            Refused(sequence=sequence, reason=answer.refusal)
+            if answer.refusal
+            else Acknowledged(sequence=sequence, position=answer.position)
+        )
+        self._owe(answer.position, lambda: self._send(peer, said))
 
     def _send(self, peer: str, message: Message, frames: list[bytes] | None = None) -> None:
         # A dead actor takes nothing more; its next incarnation says Hello.
         try:
             self._server.send(peer, message, frames or [])
         except (UnavailableError, BudgetExceeded):
-            self._refused["undeliverable"] = self._refused.get("undeliverable", 0) + 1
+            self._count("undeliverable")
+
+    def _count(self, cause: str) -> None:
+        self._refused[cause] += 1
 
     def _append(self, event: msgspec.Struct, frames: tuple[bytes, ...] = ()) -> int:
         return self._journal.append(type(event).__name__, event, frames)
@@ -342,9 +369,16 @@ def _learn(loop: LearnerLoop, journal: Journal, server: Server, control: Control
         if loop.learner.can_step():
             loop.step()
             control.worked()
-        control.report(
-            learner_step=loop.learner.steps_done,
-            environment_steps=loop.learner.environment_steps,
-            waiting_for="" if can_step else "experience",
-            metrics=loop.metrics | loop.counters(),
-        )
+        _report(loop, control, waiting_for="" if can_step else "experience")
+    # The last update is shown too, however short ago the report before it was.
+    _report(loop, control, now=True)
+
+
+def _report(loop: LearnerLoop, control: ControlChannel, *, waiting_for: str = "", now: bool = False) -> None:
+    control.report(
+        learner_step=loop.learner.steps_done,
+        environment_steps=loop.learner.environment_steps,
+        waiting_for=waiting_for,
+        metrics=loop.metrics | loop.counters(),
+        now=now,
+    )

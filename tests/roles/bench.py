@@ -10,7 +10,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from esper_simic.config import Config, parse
+from esper_simic.config import Config, parse, to_yaml
 from esper_simic.events import EpisodeFinished
 from esper_simic.growing_host.spaces import observation_spec_of
 from esper_simic.policies.graph_policy import GraphPolicy
@@ -21,12 +21,10 @@ from supervisor.events import ChildId
 from supervisor.journal import Journal, Record, read
 from supervisor.protocol import (
     ACCEPTS,
-    Acknowledged,
     Credit,
     Hello,
     Message,
     PullWeights,
-    Refused,
     Unroll,
     Weights,
 )
@@ -52,9 +50,9 @@ def make_config(*assignments: str) -> Config:
     return parse(SETTINGS, assignments=assignments)
 
 
-def spec_of(role: str, index: int, run_dir: Path, config: Config, endpoints: dict[str, str], life: int = 1) -> ChildSpec:
-    from esper_simic.config import to_yaml
-
+def spec_of(
+    role: str, index: int, run_dir: Path, config: Config, endpoints: dict[str, str], life: int = 1
+) -> ChildSpec:
     return ChildSpec(
         who=ChildId(role, index, life),  # type: ignore[arg-type]
         run_id=RUN_ID,
@@ -64,7 +62,7 @@ def spec_of(role: str, index: int, run_dir: Path, config: Config, endpoints: dic
     )
 
 
-class FakelessActor:
+class Actor:
     """The line of one actor's life, spoken by a test: what was heard stays in `heard` until it is taken."""
 
     def __init__(self, endpoint: str, index: int, incarnation: int) -> None:
@@ -107,24 +105,26 @@ class FakelessActor:
 class Bench:
     """The loop, its journal, its socket, and what actors hear."""
 
-    def __init__(self, directory: Path, config: Config, endpoint: str, server: Server, journal: Journal) -> None:
+    def __init__(
+        self, directory: Path, config: Config, endpoint: str, server: Server, journal: Journal
+    ) -> None:
         self.directory, self.config, self.endpoint = directory, config, endpoint
         self.server, self.journal = server, journal
         self.spec = observation_spec_of(config.environment)
         spec = spec_of("learner", 0, directory, config, {"experience": endpoint})
         self.loop = LearnerLoop(spec, config, journal, server)
         self.policy = GraphPolicy(self.spec, config.simic_trainer, np.random.default_rng(0))
-        self.actors: list[FakelessActor] = []
+        self.actors: list[Actor] = []
 
-    def actor(self, index: int = 0, incarnation: int = 1) -> FakelessActor:
+    def actor(self, index: int = 0, incarnation: int = 1) -> Actor:
         """A new life of an actor that has said Hello and was heard."""
         actor = self.stranger(index, incarnation).hello()
         self.settle(actor)
         return actor
 
-    def stranger(self, index: int = 0, incarnation: int = 1) -> FakelessActor:
+    def stranger(self, index: int = 0, incarnation: int = 1) -> Actor:
         """A new life of an actor that has said nothing yet."""
-        actor = FakelessActor(self.endpoint, index, incarnation)
+        actor = Actor(self.endpoint, index, incarnation)
         self.actors.append(actor)
         return actor
 
@@ -132,7 +132,7 @@ class Bench:
         return encode(trajectory(self.policy, seed, length, lanes, spec=self.spec))
 
     def send(
-        self, actor: FakelessActor, version: int = 0, *, frames: list[bytes] | None = None, **changed: Any
+        self, actor: Actor, version: int = 0, *, frames: list[bytes] | None = None, **changed: Any
     ) -> Unroll:
         """Send the actor's next unroll and have it handled; nothing is paid."""
         actor.sequence += 1
@@ -142,7 +142,7 @@ class Bench:
         self.settle(actor)
         return message
 
-    def settle(self, actor: FakelessActor) -> None:
+    def settle(self, actor: Actor) -> None:
         """Return when all that the actor said was handled and all that it was told was heard.
 
         A socket keeps the order, so an answer to a question asked last proves it for all before; the answer itself,
@@ -210,7 +210,7 @@ def bench(directory: Path, *assignments: str, commit_interval_ms: float = NEVER_
                     actor.client.close()
 
 
-def credits_in(actor: FakelessActor) -> int:
+def credits_in(actor: Actor) -> int:
     """Credits heard and not yet taken."""
     return sum(credit.count for credit in actor.take(Credit))
 
@@ -227,21 +227,3 @@ def episode(lane: int = 0, **changed: Any) -> EpisodeFinished:
         "truncated": False,
     }
     return EpisodeFinished(**fields | changed)
-
-
-__all__ = [
-    "LANES",
-    "RUN_ID",
-    "Acknowledged",
-    "Bench",
-    "Credit",
-    "FakelessActor",
-    "Refused",
-    "T",
-    "Weights",
-    "bench",
-    "credits_in",
-    "episode",
-    "make_config",
-    "spec_of",
-]

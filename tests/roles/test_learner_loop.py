@@ -15,9 +15,10 @@ import zmq
 from esper_simic.events import ExperienceAdmitted, ExperienceRefused, LearnerStepped
 from esper_simic.learner import Learner
 from esper_simic.trajectory import decode
-from supervisor.bus import Client
-from supervisor.protocol import ACCEPTS, Acknowledged, Credit, Hello, PullWeights, Refused, Weights
-from tests.roles.bench import LANES, RUN_ID, Bench, FakelessActor, T, bench, credits_in, episode
+from supervisor.bus import Client, Received
+from supervisor.protocol import ACCEPTS, Acknowledged, Credit, Hello, PullWeights, Refused, Weights, Welcome
+from supervisor.roles import senders
+from tests.roles.bench import LANES, Actor, Bench, T, bench, credits_in, episode
 
 IN_FLIGHT = 2
 
@@ -29,7 +30,7 @@ def held(tmp_path: Path) -> Iterator[Bench]:
         yield made
 
 
-def fill(held: Bench, actor: FakelessActor, unrolls: int = 2) -> None:
+def fill(held: Bench, actor: Actor, unrolls: int = 2) -> None:
     """Admit unrolls and have them acknowledged; the first two are the buffer's minimum and are consumed at once."""
     for _ in range(unrolls):
         held.send(actor, held.loop.learner.steps_done)
@@ -40,9 +41,18 @@ def fill(held: Bench, actor: FakelessActor, unrolls: int = 2) -> None:
 # -- persist, then tell ------------------------------------------------------------------------------------------------
 
 
-def test_a_greeting_is_answered_with_credits(held: Bench) -> None:
+def test_a_greeting_is_answered_with_where_to_begin_and_with_credits(held: Bench) -> None:
     actor = held.actor()
-    assert actor.heard == [Credit(count=IN_FLIGHT, policy_version=0)]
+    assert actor.heard == [Welcome(first_episodes=[0] * LANES), Credit(count=IN_FLIGHT, policy_version=0)]
+
+
+def test_a_new_life_begins_behind_every_episode_that_was_admitted(held: Bench) -> None:
+    old = held.actor()
+    held.send(old, episode_numbers=[3, 0, 0, 0], episodes=[episode(lane=1, number=6)])
+    new = held.actor(incarnation=2)
+    assert new.take(Welcome) == [Welcome(first_episodes=[4, 8, 1, 1])]
+    other = held.actor(1)
+    assert other.take(Welcome) == [Welcome(first_episodes=[0] * LANES)]
 
 
 def test_nothing_is_acknowledged_before_the_journal_has_it(held: Bench) -> None:
@@ -53,7 +63,9 @@ def test_nothing_is_acknowledged_before_the_journal_has_it(held: Bench) -> None:
     held.pay()
     assert held.journal.durable_position == before, "the flusher is held"
     assert actor.take(Acknowledged) == []
-    assert held.loop.learner.buffer.inserted == LANES, "admitted all the same: the fold does not wait for the disk"
+    assert held.loop.learner.buffer.inserted == LANES, (
+        "admitted all the same: the fold does not wait for the disk"
+    )
 
     held.make_durable()
     (acknowledged,) = actor.take(Acknowledged)
@@ -109,22 +121,19 @@ def test_who_has_the_newest_weights_gets_no_frame(held: Bench) -> None:
     assert pull(held, actor, have=-1) == (0, held.loop.learner.weights())
 
 
-def pull(held: Bench, actor: FakelessActor, have: int) -> tuple[int, bytes | None]:
+def pull(held: Bench, actor: Actor, have: int) -> tuple[int, bytes | None]:
     """The answer to a question for weights."""
     actor.weights.clear()
     actor.client.send(PullWeights(have_version=have))
-    poll_answer = Weights
     received = None
     for _ in range(500):
         held.loop.take_messages()
         received = actor.client.receive(20)
         if received is not None:
             break
-    assert received is not None
-    message = received.message  # type: ignore[union-attr]
-    assert isinstance(message, poll_answer)
-    frames = received.frames  # type: ignore[union-attr]
-    return message.version, frames[0] if frames else None
+    assert isinstance(received, Received)
+    assert isinstance(received.message, Weights)
+    return received.message.version, received.frames[0] if received.frames else None
 
 
 # -- credits -----------------------------------------------------------------------------------------------------------
@@ -216,7 +225,9 @@ def test_credits_never_exceed_their_number_over_any_lives(held: Bench, seed: int
         match rng.choice(["send", "send", "send", "bad", "step", "sync", "die"]):
             case "send" if purse[index]:
                 purse[index] -= 1
-                held.send(lives[index], int(rng.integers(held.loop.learner.steps_done + 1)) if seed % 2 else 0)
+                held.send(
+                    lives[index], int(rng.integers(held.loop.learner.steps_done + 1)) if seed % 2 else 0
+                )
             case "bad" if purse[index]:
                 purse[index] -= 1
                 held.send(lives[index], frames=[b"nonsense"])
@@ -254,7 +265,9 @@ def refusals(held: Bench) -> list[ExperienceRefused]:
     return [record.header_as(ExperienceRefused) for record in held.records("ExperienceRefused")]
 
 
-def test_an_unroll_of_too_old_a_policy_is_refused_journaled_counted_and_gives_its_credit_back(tmp_path: Path) -> None:
+def test_an_unroll_of_too_old_a_policy_is_refused_journaled_counted_and_gives_its_credit_back(
+    tmp_path: Path,
+) -> None:
     with bench(tmp_path, "simic_trainer.max_policy_lag=1") as held:
         actor = held.actor()
         fill(held, actor, 4)
@@ -296,6 +309,8 @@ MALFORMED: dict[str, tuple[dict[str, Any], str]] = {
     "a negative version": ({"version": -1}, "never announced"),
     "a very negative version": ({"version": -(2**60)}, "never announced"),
     "an episode number missing": ({"episode_numbers": [0]}, "episode numbers"),
+    "a negative episode number": ({"episode_numbers": [0, 0, -1, 0]}, "episode number"),
+    "an absurd episode number": ({"episodes": [episode(number=2**63)]}, "episode number"),
     "an episode of no lane": ({"episodes": [episode(lane=LANES)]}, "lane 4"),
     "an infinite return": ({"episodes": [episode(episode_return=math.inf)]}, "not finite"),
     "a return that is no number": ({"episodes": [episode(accuracy=math.nan)]}, "not finite"),
@@ -333,7 +348,9 @@ def test_an_unroll_of_a_dead_life_is_refused_and_gives_nobody_a_credit(held: Ben
     held.make_durable()
     assert [told.reason for told in old.take(Refused)] == ["not_the_living_incarnation"]
     assert (credits_in(old), credits_in(new)) == (0, 0)
-    assert [(event.incarnation, event.reason) for event in refusals(held)] == [(1, "not_the_living_incarnation")]
+    assert [(event.incarnation, event.reason) for event in refusals(held)] == [
+        (1, "not_the_living_incarnation")
+    ]
     assert held.loop.counters()["refused.not_the_living_incarnation"] == 1
 
 
@@ -354,7 +371,9 @@ def test_what_is_no_message_at_all_is_counted_and_stops_nobody(held: Bench) -> N
     socket = context.socket(zmq.DEALER)
     socket.connect(held.endpoint)
     socket.send_multipart([b"garbage", b"more of it"])
-    alien = Client(held.endpoint, "actor-0-9", run_id="another", accepts=ACCEPTS["actor"], frame_bytes_max=2**20)
+    alien = Client(
+        held.endpoint, "actor-0-9", run_id="another", accepts=ACCEPTS["actor"], frame_bytes_max=2**20
+    )
     alien.send(Hello(actor=0, incarnation=9))
     for _ in range(500):
         held.settle(actor)
@@ -401,7 +420,8 @@ def test_a_repeated_refusal_is_told_again_and_counted_once(held: Bench) -> None:
     assert credits_in(actor) == IN_FLIGHT + 1, "the greeting's and the one that was spent"
 
 
-def test_a_repeat_from_long_ago_is_not_taken_either(held: Bench) -> None:
+def test_a_repeat_from_long_ago_is_not_taken_either(held: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(senders, "ANSWERS_KEPT", 4)
     actor = held.actor()
     for _ in range(12):
         held.send(actor, held.loop.learner.steps_done)
@@ -451,18 +471,17 @@ def test_the_journal_alone_gives_the_same_digests(tmp_path: Path) -> None:
         for record in records:
             if record.kind == "ExperienceAdmitted":
                 event = record.header_as(ExperienceAdmitted)
-                trajectory = decode(record.frames, held.spec, event.length, event.lanes, fresh.policy.state_size)
+                trajectory = decode(
+                    record.frames, held.spec, event.length, event.lanes, fresh.policy.state_size
+                )
                 fresh.admit(record.position, event, trajectory)
             elif record.kind == "ExperienceRefused":
                 fresh.count_refused(record.header_as(ExperienceRefused).steps)
             else:
                 report, stepped = fresh.step(), record.header_as(LearnerStepped)
                 assert (report.digest, report.state_digest) == (stepped.digest, stepped.state_digest)
-                assert (report.environment_steps, report.metrics) == (stepped.environment_steps, stepped.metrics)
+                assert (report.environment_steps, report.metrics) == (
+                    stepped.environment_steps,
+                    stepped.metrics,
+                )
         assert fresh.state_digest() == made.state_digest()
-
-
-def test_the_run_id_of_the_bench_is_the_one_of_its_journal(held: Bench) -> None:
-    assert RUN_ID == "run-1"
-    held.send(held.actor())
-    assert held.records()[0].position == 0
