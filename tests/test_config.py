@@ -128,7 +128,8 @@ def test_configuration_cannot_be_changed() -> None:
 @given(st.sampled_from([8, 16, 32, 64, 128, 256]), st.floats(0, 0.875))
 def test_every_batch_has_fresh_experience(batch: int, ratio: float) -> None:
     config = parse(
-        "", assignments=[f"simic_trainer.batch_size={batch}", f"experience_buffer.replay_ratio={ratio}"]
+        "supervisor: {num_actors: 16}",
+        assignments=[f"simic_trainer.batch_size={batch}", f"experience_buffer.replay_ratio={ratio}"],
     )
     assert 1 <= fresh_per_batch(config) <= batch
     assert abs(fresh_per_batch(config) - batch * (1 - ratio)) <= 0.5
