@@ -40,7 +40,9 @@ def main() -> None:
         peak_bytes = _watch(process)
         if process.returncode != 0:
             raise SystemExit(f"the run ended with status {process.returncode}")
-        emit("end_to_end", _figures(run_dir, began_ns) | {"peak_memory_bytes": peak_bytes}, training_s=seconds)
+        emit(
+            "end_to_end", _figures(run_dir, began_ns) | {"peak_memory_bytes": peak_bytes}, training_s=seconds
+        )
 
 
 def _watch(process: subprocess.Popen[bytes]) -> int:

@@ -91,7 +91,9 @@ class UnifiedLRController:
             InvariantViolation: The optimiser is not registered (L2), or its rate was changed by somebody else (L3).
         """
         if name not in self._registered:
-            raise InvariantViolation(f"no optimiser named {name!r} is registered; known: {sorted(self._registered)}")
+            raise InvariantViolation(
+                f"no optimiser named {name!r} is registered; known: {sorted(self._registered)}"
+            )
         entry = self._registered[name]
         self._verify(name, entry)
         entry.written_lr = entry.config.rate(entry.steps_done)
@@ -115,7 +117,9 @@ class UnifiedLRController:
             InvariantViolation: The names differ from those registered.
         """
         if set(state) != set(self._registered):
-            raise InvariantViolation(f"state of {sorted(state)} cannot drive optimisers {sorted(self._registered)}")
+            raise InvariantViolation(
+                f"state of {sorted(state)} cannot drive optimisers {sorted(self._registered)}"
+            )
         for name, steps_done in state.items():
             entry = self._registered[name]
             entry.steps_done = steps_done
@@ -131,7 +135,9 @@ class UnifiedLRController:
     def _verify(name: str, entry: _Registered) -> None:
         for index, group in enumerate(entry.optimizer.param_groups):
             found = float(group["lr"])
-            if abs(found - entry.written_lr) > max(ABSOLUTE_TOLERANCE, RELATIVE_TOLERANCE * abs(entry.written_lr)):
+            if abs(found - entry.written_lr) > max(
+                ABSOLUTE_TOLERANCE, RELATIVE_TOLERANCE * abs(entry.written_lr)
+            ):
                 raise InvariantViolation(
                     f"learning rate of {name!r} group {index} is {found}, the controller wrote {entry.written_lr}: "
                     f"only UnifiedLRController.step may change it"

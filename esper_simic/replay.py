@@ -156,5 +156,8 @@ class GraphExperienceBuffer:
     def gather(self, serials: Serials) -> Trajectory:
         """The experiences of these serial numbers as one trajectory `[T, B]`, in their order."""
         rows = torch.from_numpy(serials % self.capacity)
-        named = {name: held[rows].movedim(0, self._lane_axis[name]).contiguous() for name, held in self._rows.items()}
+        named = {
+            name: held[rows].movedim(0, self._lane_axis[name]).contiguous()
+            for name, held in self._rows.items()
+        }
         return Trajectory.from_tensors(named)

@@ -168,7 +168,7 @@ def _check_masks(masks: Tensor, spec: ObservationSpec) -> None:
     """A packed mask that no environment makes would stop the learner in the middle of a step; refuse it here."""
     layout = spec.mask_layout
     operations = masks[..., layout.op].bool()
-    slots = masks[..., layout.op_slot].unflatten(-1, (len(Op), spec.slots)).bool()
+    slots = masks[..., layout.op_slot].reshape(*masks.shape[:-1], len(Op), spec.slots).bool()
     if not bool(operations[..., Op.WAIT].all()):
         raise ContractError("an action mask forbids WAIT, which is always legal")
     if not torch.equal(operations, slots.any(dim=-1)):

@@ -167,10 +167,9 @@ def _act(spec: ChildSpec, config: Config, control: ControlChannel, line: Learner
     poller = _poller(control, line)
     env, policy, carry = _begin(spec, config, line.first_episodes or [])
     length = config.simic_trainer.unroll_length
+    steps_each = length * env.num_envs
     sequence = 0
-    while control.stop_requested() is None:
-        if not _await_turn(control, line, poller, policy, sequence * length * env.num_envs):
-            return
+    while _await_turn(control, line, poller, policy, sequence * steps_each):
         episode_numbers = [int(number) for number in carry.episode_numbers]
         trajectory, finished = unroll(policy, env, carry, length)
         sequence += 1
@@ -186,28 +185,31 @@ def _act(spec: ChildSpec, config: Config, control: ControlChannel, line: Learner
         )
         line.send(message, encode(trajectory))
         control.worked()
-        control.report(environment_steps=sequence * length * env.num_envs, metrics=_metrics(line))
+        control.report(environment_steps=sequence * steps_each, metrics=_metrics(line))
+    control.report(environment_steps=sequence * steps_each, metrics=_metrics(line), now=True)
 
 
 def _await_turn(
     control: ControlChannel, line: LearnerLine, poller: Poller, policy: GraphPolicy, environment_steps: int
 ) -> bool:
-    """Wait for a credit and for an answer about weights; false when told to stop instead."""
-    line.ask_weights()
-    answered = False
+    """Wait for a credit, then for the newest weights; false when told to stop instead.
+
+    In this order, because a credit may be long in coming: weights fetched before it would be old by then.
+    """
+    is_asked = False
     silent_polls = 0
     while True:
-        if line.take(policy):
-            answered = True
-            silent_polls = 0
-        if answered and line.credits > 0:
-            return True
         if control.stop_requested() is not None:
             return False
-        waiting_for = "weights" if not answered else "credit"
+        if line.take(policy) and is_asked:
+            return True
+        if line.credits > 0 and not is_asked:
+            line.ask_weights()
+            is_asked = True
+        waiting_for = "weights" if is_asked else "credit"
         control.report(environment_steps=environment_steps, waiting_for=waiting_for, metrics=_metrics(line))
         quiet = not poller.wait(WAIT_MS)
-        silent_polls += quiet and not answered
+        silent_polls += quiet and is_asked
         if silent_polls > ANSWER_TIMEOUT_POLLS:
             raise UnavailableError(
                 f"the learner gave no weights in {ANSWER_TIMEOUT_POLLS * WAIT_MS / 1000:g} s"

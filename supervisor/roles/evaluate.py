@@ -10,6 +10,7 @@ import torch
 
 from esper_simic import seeding
 from esper_simic.config import Config, parse
+from esper_simic.errors import ContractError
 from esper_simic.evaluation import LEARNED, PolicyOutcome, evaluate, held_out_seeds
 from esper_simic.growing_host.spaces import observation_spec_of
 from esper_simic.policies.graph_policy import GraphPolicy
@@ -19,6 +20,7 @@ from supervisor.protocol import Evaluate, Evaluated, Stopped
 from supervisor.roles.channel import ControlChannel
 
 WAIT_MS: Final = 200
+STATE_FILE: Final = "state.safetensors"
 POLICY_PREFIX: Final = "policy."
 
 
@@ -68,21 +70,34 @@ def measure(config: Config, task: Evaluate, control: ControlChannel) -> PolicyOu
 
 
 def load_policy(config: Config, checkpoint: Path) -> GraphPolicy:
-    """The policy of a checkpoint, every file of it checked first."""
+    """The policy of a checkpoint, every file of it checked first.
+
+    Raises:
+        ContractError: The checkpoint is damaged, or its network is not the one of this configuration.
+    """
     _, files = checkpoints.load(checkpoint)
-    tensors = safetensors.torch.load(files["state.safetensors"])
-    policy = GraphPolicy(
-        observation_spec_of(config.environment),
-        config.simic_trainer,
-        seeding.generator(config.simic_trainer.seed, "policy"),
-    )
-    policy.load_state_dict(
-        {
-            name.removeprefix(POLICY_PREFIX): value
-            for name, value in tensors.items()
-            if name.startswith(POLICY_PREFIX)
-        }
-    )
+    if STATE_FILE not in files:
+        raise ContractError(f"{checkpoint} is no checkpoint of a learner: it has no {STATE_FILE}")
+    spec, trainer = observation_spec_of(config.environment), config.simic_trainer
+    policy = GraphPolicy(spec, trainer, seeding.generator(trainer.seed, "policy"))
+    expected = policy.state_dict()
+    tensors = safetensors.torch.load(files[STATE_FILE])
+    found = {
+        name.removeprefix(POLICY_PREFIX): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(POLICY_PREFIX)
+    }
+    unlike = [
+        name
+        for name in sorted(expected.keys() | found.keys())
+        if name not in expected or name not in found or expected[name].shape != found[name].shape
+    ]
+    if unlike:
+        raise ContractError(
+            f"{checkpoint} holds another network than this configuration makes: {unlike[0]} differs, and "
+            f"{len(unlike) - 1} more tensors; use the configuration of its run"
+        )
+    policy.load_state_dict(found)
     return policy
 
 

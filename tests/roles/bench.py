@@ -114,6 +114,7 @@ class Bench:
         spec = spec_of("learner", 0, directory, config, {"experience": endpoint})
         self.loop = LearnerLoop(spec, config, journal, server)
         self.policy = GraphPolicy(self.spec, config.simic_trainer, np.random.default_rng(0))
+        self.initial_weights = {n: t.clone() for n, t in self.loop.learner.policy.state_dict().items()}
         self.actors: list[Actor] = []
 
     def actor(self, index: int = 0, incarnation: int = 1) -> Actor:

@@ -7,13 +7,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import safetensors.torch
 
 from esper_simic import seeding
-from esper_simic.config import Config
 from esper_simic.errors import UnavailableError
 from esper_simic.events import ExperienceAdmitted
 from esper_simic.growing_host.vector import GrowingHostVectorEnv
@@ -42,7 +42,8 @@ from supervisor.protocol import (
 )
 from supervisor.roles import actor
 from supervisor.roles.channel import ControlChannel
-from tests.roles.bench import LANES, RUN_ID, Bench, T, bench, spec_of
+from tests.policies.synthetic import make_policy
+from tests.roles.bench import LANES, RUN_ID, Bench, T, bench, make_config, spec_of
 
 DEADLINE_S = 60.0
 BYTES_MAX = 2**26
@@ -86,13 +87,14 @@ class Thread(threading.Thread):
 
     def __init__(self, spec: ChildSpec) -> None:
         super().__init__(daemon=True)
-        self._spec, self._error = spec, None
+        self._spec = spec
+        self._error: Exception | None = None
 
     def run(self) -> None:
         try:
             actor.main(self._spec)
         except Exception as error:  # noqa: BLE001 - handed to the test
-            self._error = error  # type: ignore[assignment]
+            self._error = error
 
     def finish(self) -> None:
         self.join(DEADLINE_S)
@@ -177,24 +179,14 @@ def test_what_it_sends_is_what_its_seeds_and_weights_give(pair: Pair) -> None:
     )
     observation, _ = environment.reset()
     policy = GraphPolicy(environment.spec_observation, config.simic_trainer, np.random.default_rng(99))
-    policy.load_state_dict(safetensors.torch.load(pair.held.loop.learner.weights()))
-    records = pair.held.records("ExperienceAdmitted")
-    # The weights of version 0 hold the normaliser as it was at the start.
-    policy.load_state_dict(safetensors.torch.load(fresh_weights(config, pair.held)))
+    policy.load_state_dict(pair.held.initial_weights)
     carry = begin(policy, observation, seeds, np.zeros(LANES, dtype=np.int64))
-    for record in records[:3]:
+    for record in pair.held.records("ExperienceAdmitted")[:3]:
         numbers = carry.episode_numbers.tolist()
         trajectory, finished = unroll(policy, environment, carry, T)
         event = record.header_as(ExperienceAdmitted)
         assert [bytes(frame) for frame in record.frames] == encode(trajectory)
         assert (event.episode_numbers, event.episodes) == (numbers, finished)
-
-
-def fresh_weights(config: Config, held: Bench) -> bytes:
-    policy = GraphPolicy(
-        held.spec, config.simic_trainer, seeding.generator(config.simic_trainer.seed, "policy")
-    )
-    return safetensors.torch.save(policy.state_dict())
 
 
 def test_it_acts_with_the_newest_announced_weights(pair: Pair) -> None:
@@ -280,8 +272,6 @@ class Ends:
 
 @pytest.fixture
 def ends(tmp_path: Path) -> Iterator[Ends]:
-    from tests.roles.bench import make_config
-
     config = make_config(*SMALL)
     with control_line() as control, runtime_directory() as sockets:
         endpoint = ipc_endpoint(sockets, "experience")
@@ -294,12 +284,6 @@ def ends(tmp_path: Path) -> Iterator[Ends]:
                 assert learner.hear()[0] == Hello(actor=0, incarnation=1)
                 yield Ends(learner, line, channel, control)
             line.close()
-
-
-def tiny_policy(ends: Ends) -> GraphPolicy:
-    from tests.policies.synthetic import make_policy
-
-    return make_policy(1)
 
 
 def make_unroll(sequence: int) -> Unroll:
@@ -333,7 +317,7 @@ def test_the_line_counts_credits_and_what_is_not_answered(ends: Ends) -> None:
 
 
 def test_new_weights_are_loaded_and_an_empty_answer_is_one_too(ends: Ends) -> None:
-    policy = tiny_policy(ends)
+    policy = make_policy(1)
     other = {name: tensor + 1 for name, tensor in policy.state_dict().items()}
     ends.line.ask_weights()
     assert ends.learner.hear()[0] == PullWeights(have_version=-1)
@@ -350,39 +334,43 @@ def test_new_weights_are_loaded_and_an_empty_answer_is_one_too(ends: Ends) -> No
 
 
 class CountingPoller(Poller):
-    """Notes for each wait whether it ended early, and makes something happen after so many quiet ones."""
+    """Counts waits that came to their end and waits that were cut short; moves the learner's end meanwhile.
 
-    def __init__(self, ends: Ends, quiet_waits: int, then: Message) -> None:
+    After `credit_after` quiet waits the learner gives a credit; the question that follows is answered if wanted.
+    """
+
+    def __init__(self, ends: Ends, *, credit_after: int, is_answering: bool) -> None:
         super().__init__()
-        self._ends, self._quiet_waits, self._then = ends, quiet_waits, then
+        self._ends, self._credit_after, self._is_answering = ends, credit_after, is_answering
         self.quiet = self.woken = 0
         self.add(ends.channel.client)
         self.add(ends.line.client)
 
-    def wait(self, timeout_ms: float) -> frozenset:  # type: ignore[type-arg]
+    def wait(self, timeout_ms: float) -> frozenset[Any]:
+        if self._is_answering and self._ends.line.credits > 0:
+            assert self._ends.learner.hear()[0] == PullWeights(have_version=-1)
+            self._ends.learner.say(Weights(version=-1))
         seen = super().wait(timeout_ms)
         self.woken += bool(seen)
         self.quiet += not seen
-        if self.quiet == self._quiet_waits and not seen:
-            self._ends.learner.say(self._then)
+        if not seen and self.quiet == self._credit_after:
+            self._ends.learner.say(Credit(count=1, policy_version=0))
         return seen
 
 
-def test_waiting_for_a_credit_sleeps(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_waiting_for_a_credit_sleeps_and_only_then_asks_for_weights(
+    ends: Ends, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(actor, "WAIT_MS", 20.0)
-    ends.learner.say(Weights(version=-1))
-    ends.learner.say(Weights(version=-1))
-    poller = CountingPoller(ends, 5, Credit(count=1, policy_version=0))
-    spent_s = time.process_time()
-    assert actor._await_turn(ends.channel, ends.line, poller, tiny_policy(ends), 0)
-    spent_s = time.process_time() - spent_s
-    assert poller.quiet == 5, "it waited for the whole time, five times"
-    assert poller.woken <= 3, "and looked only when something had come"
-    assert spent_s < 0.05
+    poller = CountingPoller(ends, credit_after=5, is_answering=True)
+    began_s = time.monotonic()
+    assert actor._await_turn(ends.channel, ends.line, poller, make_policy(), 0)
+    assert time.monotonic() - began_s >= 5 * 0.02, "five quiet waits take their time"
+    assert poller.quiet >= 5
+    assert poller.woken <= 2, "it looked only when something had come: the credit, the weights"
     ends.control.hear()
     waits = [message.waiting_for for message in ends.control.said(Progress) if isinstance(message, Progress)]
-    assert waits, "it says what it lacks"
-    assert set(waits) <= {"credit", "weights"}
+    assert waits[0] == "credit"
 
 
 def test_waiting_ends_with_a_stop(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -390,14 +378,14 @@ def test_waiting_ends_with_a_stop(ends: Ends, monkeypatch: pytest.MonkeyPatch) -
     while not ends.control.said(Ready):
         ends.control.hear()
     ends.control.server.send("actor-0-1", Stop(reason="enough"))
-    poller = CountingPoller(ends, -1, Credit(count=1, policy_version=0))
-    assert not actor._await_turn(ends.channel, ends.line, poller, tiny_policy(ends), 0)
+    poller = CountingPoller(ends, credit_after=0, is_answering=False)
+    assert not actor._await_turn(ends.channel, ends.line, poller, make_policy(), 0)
 
 
 def test_a_learner_that_gives_no_weights_is_unavailable(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(actor, "WAIT_MS", 5.0)
     monkeypatch.setattr(actor, "ANSWER_TIMEOUT_POLLS", 4)
-    poller = CountingPoller(ends, -1, Credit(count=1, policy_version=0))
+    poller = CountingPoller(ends, credit_after=3, is_answering=False)
     with pytest.raises(UnavailableError, match="no weights in 0.02 s"):
-        actor._await_turn(ends.channel, ends.line, poller, tiny_policy(ends), 0)
-    assert poller.quiet == 5
+        actor._await_turn(ends.channel, ends.line, poller, make_policy(), 0)
+    assert poller.quiet == 3 + 5, "a credit may be long in coming, an answer may not"

@@ -84,7 +84,7 @@ def test_a_damaged_checkpoint_is_refused_by_name(learned: Bench, name: str) -> N
     _, directory = save(learned)
     path = directory / name
     data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 0x40
+    data[0 if name == "manifest.json" else len(data) // 2] ^= 0x40
     path.write_bytes(data)
     with pytest.raises(ContractError, match=name):
         load_policy(learned.config, directory)
@@ -112,4 +112,18 @@ def test_a_second_checkpoint_does_not_replace_the_first(learned: Bench) -> None:
     assert first != second
     assert checkpoints.newest(first.parent) == second
     for directory in (first, second):
+        load_policy(learned.config, directory)
+
+
+def test_a_checkpoint_of_somebody_else_is_refused(tmp_path: Path, learned: Bench) -> None:
+    manifest = {
+        "run_id": "run-1",
+        "step": 1,
+        "environment_steps": 1,
+        "journal_position": 1,
+        "state_digest": "",
+        "fingerprint": {},
+    }
+    directory = checkpoints.save(tmp_path / "other", {"notes.txt": b"hello"}, manifest)
+    with pytest.raises(ContractError, match="state.safetensors"):
         load_policy(learned.config, directory)

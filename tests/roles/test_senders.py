@@ -50,7 +50,7 @@ def test_a_repeat_gets_the_first_answer_and_a_gap_is_new() -> None:
         "the socket keeps the order: it cannot come for the first time"
     )
     assert made.answered(1, 1) is None
-    made.greet("actor-0-2", 0, 2)
+    assert made.greet("actor-0-2", 0, 2)
     assert made.answered(0, 1) is None, "a new life counts anew"
 
 
@@ -77,9 +77,7 @@ def test_credits_are_neither_made_nor_lost(moves: list[tuple[str, int]]) -> None
     lives = Counter(dict.fromkeys(range(ACTORS), 1))
     held: list[tuple[int, int]] = []
     owed: list[int] = []
-    position = 0
-    for move, actor in moves:
-        position += 1
+    for position, (move, actor) in enumerate(moves, start=1):
         if move == "send" and hand[actor]:
             hand[actor] -= 1
             assert made.has_room(actor)

@@ -1,0 +1,157 @@
+"""Held-out episodes: paired by seed, the same each time, however they are chunked, and whole."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from esper_simic.comparison import mean_interval
+from esper_simic.config import EnvironmentConfig, TrainerConfig
+from esper_simic.evaluation import (
+    LEARNED,
+    PolicyOutcome,
+    baseline_names,
+    evaluate,
+    held_out_seeds,
+)
+from esper_simic.growing_host import controllers
+from esper_simic.growing_host.spaces import observation_spec_of
+from esper_simic.growing_host.vector import GrowingHostVectorEnv
+from esper_simic.policies.graph_policy import GraphPolicy
+
+HORIZON, GAMMA = 12, 0.99
+CONFIG = EnvironmentConfig(
+    environments_per_actor=3,
+    max_epochs=HORIZON,
+    training_epochs_min=3,
+    train_batches=2,
+    train_batch_size=8,
+    validation_samples=40,
+)
+SEEDS = held_out_seeds(5, 5)
+
+
+def make_policy(seed: int = 0) -> GraphPolicy:
+    trainer = TrainerConfig(hidden_size=16, graph_layers=1)
+    return GraphPolicy(observation_spec_of(CONFIG), trainer, np.random.default_rng(seed))
+
+
+def run(name: str, config: EnvironmentConfig = CONFIG, seeds: list[int] = SEEDS) -> PolicyOutcome:
+    return evaluate(name, config, seeds, gamma=GAMMA, policy=make_policy() if name == LEARNED else None)
+
+
+def width(lanes: int) -> EnvironmentConfig:
+    return CONFIG.model_copy(update={"environments_per_actor": lanes})
+
+
+def test_held_out_seeds_are_distinct_named_by_the_run_and_grow_at_their_end() -> None:
+    seeds = held_out_seeds(5, 50)
+    assert len(set(seeds)) == 50
+    assert seeds[:5] == SEEDS, "more episodes keep the first ones"
+    assert set(seeds).isdisjoint(held_out_seeds(6, 50))
+
+
+@pytest.mark.parametrize("name", [LEARNED, *baseline_names()])
+def test_every_controller_sees_the_same_seeds_and_the_same_outcome_twice(name: str) -> None:
+    first, second = run(name), run(name)
+    assert first == second
+    assert first.name == name
+    assert [episode.seed for episode in first.episodes] == SEEDS
+
+
+def test_the_same_seed_means_the_same_host_and_data_for_every_controller() -> None:
+    """Who does the same thing on the same seeds comes to the same outcome, so differences are the controllers' own."""
+
+    class WaitingInDisguise(controllers.NeverGrow):
+        pass
+
+    grown = run("never-grow")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(evaluate.__globals__["_BASELINES"], "disguised", lambda lanes: WaitingInDisguise())
+        assert run("disguised").episodes == grown.episodes
+    assert len({episode.accuracy for episode in grown.episodes}) > 1, "seeds make episodes differ"
+
+
+@pytest.mark.parametrize("name", baseline_names())
+@pytest.mark.parametrize("lanes", [1, 2, 5, 8])
+def test_how_episodes_are_chunked_does_not_change_them(name: str, lanes: int) -> None:
+    chunked, whole = run(name, width(lanes)), run(name)
+    for one, other in zip(chunked.episodes, whole.episodes, strict=True):
+        assert (one.seed, one.parameters_added, one.fossils) == (
+            other.seed,
+            other.parameters_added,
+            other.fossils,
+        )
+        assert one.episode_return == pytest.approx(other.episode_return, abs=1e-6)
+        assert one.accuracy == pytest.approx(other.accuracy, abs=1e-6)
+
+
+def test_a_seed_gives_its_episode_whatever_stands_beside_it() -> None:
+    whole = {episode.seed: episode for episode in run("random").episodes}
+    for episode in run("random", seeds=SEEDS[::-2]).episodes:
+        assert episode.episode_return == pytest.approx(whole[episode.seed].episode_return, abs=1e-6)
+
+
+def test_episodes_are_whole_even_where_training_cuts_the_first_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths: list[int] = []
+    step = GrowingHostVectorEnv.step
+
+    def noted_step(self, actions):
+        result = step(self, actions)
+        _, _, terminated, truncated, infos = result
+        assert not truncated.any(), "nothing is cut"
+        lengths.extend(infos["episode"]["l"][terminated].tolist() if terminated.any() else [])
+        return result
+
+    monkeypatch.setattr(GrowingHostVectorEnv, "step", noted_step)
+    assert CONFIG.stagger
+    run("patient")
+    assert lengths == [HORIZON] * len(SEEDS)
+
+
+def test_progress_is_told_after_every_epoch_of_every_chunk() -> None:
+    told: list[None] = []
+    evaluate("never-grow", CONFIG, SEEDS, gamma=GAMMA, observer=lambda: told.append(None))
+    assert len(told) == 2 * HORIZON, "five episodes in vectors of three"
+
+
+def test_never_growing_adds_nothing_and_patience_does() -> None:
+    assert {episode.parameters_added for episode in run("never-grow").episodes} == {0}
+    assert {episode.fossils for episode in run("never-grow").episodes} == {0}
+    longer = CONFIG.model_copy(update={"max_epochs": 40})
+    assert any(episode.parameters_added > 0 for episode in run("patient", longer).episodes)
+
+
+def test_the_intervals_are_those_of_the_episodes() -> None:
+    outcome = run("heuristic")
+    assert outcome.episode_return == mean_interval([episode.episode_return for episode in outcome.episodes])
+    assert outcome.accuracy == mean_interval([episode.accuracy for episode in outcome.episodes])
+    assert outcome.parameters_added == mean_interval([float(e.parameters_added) for e in outcome.episodes])
+    assert all(0 <= episode.accuracy <= 100 for episode in outcome.episodes)
+
+
+def test_another_policy_learns_another_outcome_and_evaluation_changes_no_weights() -> None:
+    one, other = make_policy(0), make_policy(1)
+    with_one = evaluate(LEARNED, CONFIG, SEEDS, gamma=GAMMA, policy=one)
+    before = {name: tensor.clone() for name, tensor in other.state_dict().items()}
+    for layer in (other.heads.op, other.heads.slot_out, other.heads.choice_out):
+        layer.weight.data.mul_(50.0)
+        before |= {name: tensor.clone() for name, tensor in other.state_dict().items()}
+    with_other = evaluate(LEARNED, CONFIG, SEEDS, gamma=GAMMA, policy=other)
+    assert with_one.episodes != with_other.episodes
+    assert all(tensor.equal(before[name]) for name, tensor in other.state_dict().items())
+
+
+def test_the_learned_policy_needs_a_policy() -> None:
+    with pytest.raises(ValueError, match="needs a policy"):
+        evaluate(LEARNED, CONFIG, SEEDS, gamma=GAMMA)
+
+
+def test_an_unknown_controller_is_named_with_the_known_ones() -> None:
+    with pytest.raises(ValueError, match=r"unknown controller 'greedy'; known: learned, heuristic, patient"):
+        evaluate("greedy", CONFIG, SEEDS, gamma=GAMMA)
+
+
+def test_one_episode_gives_no_interval() -> None:
+    with pytest.raises(ValueError, match="at least two"):
+        run("never-grow", seeds=SEEDS[:1])
