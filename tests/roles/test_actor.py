@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors.torch
+from torch import Tensor
 
 from esper_simic import seeding
 from esper_simic.errors import UnavailableError
@@ -22,6 +23,7 @@ from esper_simic.trajectory import encode
 from esper_simic.unroll import begin, unroll
 from supervisor.bus import Poller, Received, Server, ipc_endpoint, runtime_directory
 from supervisor.child import ChildSpec
+from supervisor.journal import Record
 from supervisor.protocol import (
     ACCEPTS,
     Acknowledged,
@@ -163,30 +165,37 @@ def test_an_actor_says_ready_sends_and_leaves_when_it_is_told_to(pair: Pair) -> 
     assert (last.work, last.environment_steps) == (4, 4 * T * LANES)
 
 
-def test_what_it_sends_is_what_its_seeds_and_weights_give(pair: Pair) -> None:
-    """An actor owns nothing: run, actor, lane and episode number name all its chance."""
-    child = pair.begin()
-    pair.until(3)
-    pair.stop(child)
-    config = pair.held.config
-    seeds = [seeding.derive(config.simic_trainer.seed, "actor", 0, lane) for lane in range(LANES)]
+def resimulate(
+    pair: Pair, records: list[Record], weights: dict[str, Tensor], first_episodes: list[int]
+) -> None:
+    """Make the unrolls of one life again from seeds and weights; they must be the journaled bytes."""
+    trainer = pair.held.config.simic_trainer
+    seeds = [seeding.derive(trainer.seed, "actor", 0, lane) for lane in range(LANES)]
     environment = GrowingHostVectorEnv(
         LANES,
-        config.environment,
-        gamma=config.simic_trainer.gamma,
+        pair.held.config.environment,
+        gamma=trainer.gamma,
         lane_seeds=seeds,
-        first_episodes=[0] * LANES,
+        first_episodes=first_episodes,
     )
     observation, _ = environment.reset()
-    policy = GraphPolicy(environment.spec_observation, config.simic_trainer, np.random.default_rng(99))
-    policy.load_state_dict(pair.held.initial_weights)
-    carry = begin(policy, observation, seeds, np.zeros(LANES, dtype=np.int64))
-    for record in pair.held.records("ExperienceAdmitted")[:3]:
+    policy = GraphPolicy(environment.spec_observation, trainer, np.random.default_rng(99))
+    policy.load_state_dict(weights)
+    carry = begin(policy, observation, seeds, np.array(first_episodes, dtype=np.int64))
+    for record in records:
         numbers = carry.episode_numbers.tolist()
         trajectory, finished = unroll(policy, environment, carry, T)
         event = record.header_as(ExperienceAdmitted)
         assert [bytes(frame) for frame in record.frames] == encode(trajectory)
         assert (event.episode_numbers, event.episodes) == (numbers, finished)
+
+
+def test_what_it_sends_is_what_its_seeds_and_weights_give(pair: Pair) -> None:
+    """An actor owns nothing: run, actor, lane and episode number name all its chance."""
+    child = pair.begin()
+    pair.until(3)
+    pair.stop(child)
+    resimulate(pair, pair.held.records("ExperienceAdmitted"), pair.held.initial_weights, [0] * LANES)
 
 
 def test_it_acts_with_the_newest_announced_weights(pair: Pair) -> None:
@@ -205,9 +214,14 @@ def test_its_next_life_goes_on_behind_its_episodes(pair: Pair) -> None:
     pair.stop(child)
     pair.held.step_all()
     pair.held.make_durable()
+    first_episodes = pair.held.loop.learner.next_episodes(0)
+    weights = safetensors.torch.load(pair.held.loop.learner.weights())
     child = pair.begin(incarnation=2)
     pair.until(5)
     pair.stop(child, incarnation=2)
+    records = pair.held.records("ExperienceAdmitted")
+    second = [record for record in records if record.header["incarnation"] == 2]
+    resimulate(pair, second, weights, first_episodes)
     events = admitted(pair)
     lives = {life: [event for event in events if event.incarnation == life] for life in (1, 2)}
     for lane in range(LANES):
