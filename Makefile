@@ -15,7 +15,7 @@ STAMP := $(VENV)/.installed
 export UV_CACHE_DIR ?= $(if $(HOME),$(HOME)/.cache/uv,$(CURDIR)/$(VENV)/.uv-cache)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test check lint types layers format bench clean lock
+.PHONY: help setup run test prove check lint types layers format bench clean lock
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
@@ -55,6 +55,11 @@ test: setup  ## tests with the coverage gates; for some of them call .venv/bin/p
 	$(BIN)/coverage report
 	$(BIN)/coverage json --quiet
 	$(BIN)/python -m tests.coverage_gate
+
+prove: setup  ## the long proofs, about an hour: every fault point, chaos, lockstep, replay, power cuts; tables in build/prove.md
+	rm -f build/prove.md
+	SIMIC_PROVE=1 SIMIC_PROVE_OUT=$(CURDIR)/build/prove.md $(BIN)/pytest -v tests/prove $(wildcard tests/system/test_power_cuts.py)
+	@cat build/prove.md
 
 format: setup  ## put every file into the one format
 	$(BIN)/ruff check --fix .

@@ -222,8 +222,36 @@ class SupervisorConfig(Section):
     unrolls_in_flight: int = Field(
         2, ge=1, le=64, description="Credits: unrolls of one actor not yet consumed."
     )
-    max_seconds: float | None = Field(None, gt=0, description="Training ends after so many seconds.")
-    max_steps: int | None = Field(None, ge=1, description="Training ends after so many environment steps.")
+    max_seconds: float | None = Field(
+        None, gt=0, description="Training ends after so many seconds of this invocation."
+    )
+    max_steps: int | None = Field(
+        None, ge=1, description="Training ends after so many environment steps of this invocation."
+    )
+    max_updates: int | None = Field(
+        None,
+        ge=1,
+        description="Training ends with exactly this update of the run, whichever invocation makes it.",
+    )
+    lockstep: bool = Field(
+        False, description="Fixed schedule of actors and learner: the run is a function of its seed. Slower."
+    )
+    checkpoint_interval_s: float = Field(120.0, gt=0, description="A checkpoint every so many seconds.")
+    checkpoint_interval_steps: int | None = Field(
+        None, ge=1, description="A checkpoint every so many updates, too."
+    )
+    keep_last: int = Field(2, ge=1, description="Newest checkpoints kept.")
+    keep_best: int = Field(
+        1, ge=0, description="Checkpoints of the highest training return kept beside them."
+    )
+    disk_reserve_bytes: int = Field(
+        64 * 2**20,
+        ge=0,
+        description="Kept back for the last words on a full disk; admission stops without it.",
+    )
+    recovery_attempts_max: int = Field(
+        3, ge=1, description="Failed recoveries at one journal position before it is quarantined."
+    )
     ready_timeout_s: float = Field(120.0, gt=0, description="A child that is not READY by then is replaced.")
     progress_timeout_s: float = Field(
         120.0, gt=0, description="A child that reports no progress so long is replaced."
@@ -261,6 +289,11 @@ class Config(Section):
     @model_validator(mode="after")
     def _sections_agree(self) -> Config:
         buffer, batch = self.experience_buffer, self.simic_trainer.batch_size
+        if fresh_per_batch(self) < 1:
+            raise ValueError(
+                f"experience_buffer.replay_ratio {buffer.replay_ratio} leaves no fresh experience in a batch of "
+                f"{batch}; it must be at most {1 - 1 / batch:g}"
+            )
         if buffer.capacity < batch:
             raise ValueError(
                 f"experience_buffer.capacity {buffer.capacity} cannot hold one batch of "
@@ -271,18 +304,17 @@ class Config(Section):
                 f"experience_buffer.min_experiences {buffer.min_experiences} would never be reached with "
                 f"experience_buffer.capacity {buffer.capacity}"
             )
-        in_flight = (
-            self.supervisor.num_actors
-            * self.supervisor.unrolls_in_flight
-            * self.environment.environments_per_actor
-        )
+        lanes = self.environment.environments_per_actor
+        if self.supervisor.lockstep:
+            self._rounds_fit(self.supervisor.num_actors * lanes)
+            return self
+        in_flight = self.supervisor.num_actors * self.supervisor.unrolls_in_flight * lanes
         if buffer.capacity < in_flight:
             raise ValueError(
                 f"experience_buffer.capacity {buffer.capacity} cannot hold the {in_flight} experiences that "
                 f"num_actors x unrolls_in_flight x environments_per_actor allow; raise it, or lower "
                 f"supervisor.unrolls_in_flight"
             )
-        lanes = self.environment.environments_per_actor
         # An unroll holds its credit until the last of its lanes is consumed, so one may be stuck with a single one.
         fresh_at_least = in_flight - lanes + 1
         if fresh_at_least < fresh_per_batch(self):
@@ -291,12 +323,16 @@ class Config(Section):
                 f"environments_per_actor = {in_flight} as few as {fresh_at_least} may ever be there: the run would "
                 f"wait for ever; raise one of them, or experience_buffer.replay_ratio"
             )
-        if fresh_per_batch(self) < 1:
-            raise ValueError(
-                f"experience_buffer.replay_ratio {buffer.replay_ratio} leaves no fresh experience in a batch of "
-                f"{batch}; it must be at most {1 - 1 / batch:g}"
-            )
         return self
+
+    def _rounds_fit(self, per_round: int) -> None:
+        """In lockstep a round brings its experiences whether or not those of the round before were consumed."""
+        waiting = max(fresh_per_batch(self) - 1, self.experience_buffer.min_experiences - 1)
+        if self.experience_buffer.capacity < waiting + per_round:
+            raise ValueError(
+                f"experience_buffer.capacity {self.experience_buffer.capacity} cannot hold a round of {per_round} "
+                f"experiences (num_actors x environments_per_actor) beside the {waiting} that may wait; raise it"
+            )
 
 
 def fresh_per_batch(config: Config) -> int:

@@ -6,7 +6,7 @@ name; the payload is the struct as a MessagePack map, followed by raw frames whe
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final, get_args
 
 import msgspec
 
@@ -74,14 +74,105 @@ class LearnerStepped(msgspec.Struct, frozen=True, kw_only=True):
     metrics: dict[str, float]
 
 
+class StepSkipped(msgspec.Struct, frozen=True, kw_only=True):
+    """An update that could not be made, time and again, was given up: its batch was consumed, nothing was learned."""
+
+    step: int
+    reason: str
+
+
+class CheckpointStaged(msgspec.Struct, frozen=True, kw_only=True):
+    """The whole state at this position was copied, to be written as a checkpoint beside the training.
+
+    `state_digest` covers all of it; `score` is the mean return of the recent training episodes, None before the first.
+    """
+
+    step: int
+    environment_steps: int
+    state_digest: str
+    score: float | None
+
+
 class CheckpointSaved(msgspec.Struct, frozen=True, kw_only=True):
-    """A checkpoint of the state at this journal position is on disk, synced and verified."""
+    """A checkpoint is on disk, synced and verified: the state that was staged at `staged_at`.
+
+    Journals of before there was `CheckpointStaged` have -1 there: the state at the event's own position.
+    """
 
     step: int
     environment_steps: int
     directory: str
     state_digest: str
     files: dict[str, str]
+    staged_at: int = -1
 
 
-LearnerEvent = ExperienceAdmitted | ExperienceRefused | LearnerStepped | CheckpointSaved | RunStarted
+class RecordQuarantined(msgspec.Struct, frozen=True, kw_only=True):
+    """A record that recovery failed at, time and again: later folds pass it over."""
+
+    position: int
+    failures: int
+    reason: str
+
+
+class FingerprintChanged(msgspec.Struct, frozen=True, kw_only=True):
+    """A learner recovered under another fingerprint than that of the updates before: digests begin anew from here."""
+
+    before: dict[str, str]
+    after: dict[str, str]
+
+
+class LearnerRecovered(msgspec.Struct, frozen=True, kw_only=True):
+    """A later life of the learner has folded this journal up to here, and goes on.
+
+    `checkpoint` is the directory it began from, empty for the start of the journal; `passed_over` names newer ones that
+    were not good, each with the reason. `steps_redone` updates were made again. If not `is_exact`, the state is not the
+    fold of all that stands before (see `RecordQuarantined`, `FingerprintChanged`): a checkpoint follows, and every
+    later fold goes on from that.
+    """
+
+    incarnation: int
+    checkpoint: str
+    passed_over: dict[str, str]
+    records_folded: int
+    steps_redone: int
+    step: int
+    environment_steps: int
+    state_digest: str
+    is_exact: bool
+    seconds: float
+
+
+class AdmissionPaused(msgspec.Struct, frozen=True, kw_only=True):
+    """The disk is full: what the reserve still allows is kept for last words, and no unroll is taken in."""
+
+    free_bytes: int
+    reason: str
+
+
+class AdmissionResumed(msgspec.Struct, frozen=True, kw_only=True):
+    """There is room on the disk again."""
+
+    free_bytes: int
+
+
+LearnerEvent = (
+    ExperienceAdmitted
+    | ExperienceRefused
+    | LearnerStepped
+    | StepSkipped
+    | CheckpointStaged
+    | CheckpointSaved
+    | RecordQuarantined
+    | FingerprintChanged
+    | LearnerRecovered
+    | AdmissionPaused
+    | AdmissionResumed
+    | RunStarted
+)
+"""Everything that can stand in a learner's journal; the record's kind is the class name."""
+
+LEARNER_EVENTS: Final[dict[str, type[LearnerEvent]]] = {
+    kind.__name__: kind for kind in get_args(LearnerEvent)
+}
+"""The event of each kind of record."""

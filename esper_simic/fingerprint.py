@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import os
 from importlib import metadata
+from typing import Final
 
 import numpy as np
 import torch
+
+STATE_COMPOSITION: Final = "2"
+"""Which numbers and tensors the digest of a learner's whole state covers; another composition, another number."""
 
 
 def fingerprint() -> dict[str, str]:
@@ -16,6 +20,7 @@ def fingerprint() -> dict[str, str]:
     the CPU's instruction set, Adam's implementation and compilation each change the last bits from the first step on.
     """
     return {
+        "state": STATE_COMPOSITION,
         "torch": str(torch.__version__),
         "numpy": np.__version__,
         "torch_geometric": metadata.version("torch-geometric"),

@@ -11,18 +11,28 @@ the random stream that it is given.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from esper_simic.errors import BudgetExceeded, InvariantViolation
+from esper_simic.errors import BudgetExceeded, ContractError, InvariantViolation
 from esper_simic.graphs import ObservationSpec
 from esper_simic.trajectory import Trajectory, frame_layout
 
 Serials = npt.NDArray[np.int64]
+
+
+class Held(NamedTuple):
+    """One unroll of which the buffer holds something: the data, the version that acted, the record it stands in."""
+
+    trajectory: Trajectory
+    version: int
+    position: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +72,7 @@ class GraphExperienceBuffer:
             self._rows[frame.name] = torch.zeros((capacity, *shape), dtype=dtype)
         self._versions = np.zeros(capacity, dtype=np.int64)
         self._positions = np.zeros(capacity, dtype=np.int64)
+        self._first_serials = np.zeros(capacity, dtype=np.int64)
         self._inserted = 0
         self._consumed = 0
 
@@ -115,6 +126,7 @@ class GraphExperienceBuffer:
         slots = rows.numpy()
         self._versions[slots] = version
         self._positions[slots] = position
+        self._first_serials[slots] = serials.start
         self._inserted += lanes
         return serials
 
@@ -122,14 +134,63 @@ class GraphExperienceBuffer:
         """Take every fresh experience for consumed: they stay in the buffer and can be drawn from it."""
         self._consumed = self._inserted
 
-    def positions(self) -> Serials:
-        """Journal positions `[len]` of the experiences held, oldest first."""
-        serials = np.arange(self._inserted - len(self), self._inserted, dtype=np.int64)
-        held: Serials = self._positions[serials % self.capacity]
-        return held
+    def addresses(self) -> dict[str, Any]:
+        """Where what is held stands: `positions` of the records, oldest first, and the first lane's serial number.
+
+        The oldest record's first lanes may have been overwritten already; it counts as held as long as one is left.
+        """
+        if not len(self):
+            return {"first_serial": self._inserted, "positions": []}
+        slots = np.arange(self._inserted - len(self), self._inserted, dtype=np.int64) % self.capacity
+        return {
+            "first_serial": int(self._first_serials[slots[0]]),
+            "positions": [int(position) for position in dict.fromkeys(self._positions[slots].tolist())],
+        }
+
+    def restore(self, first_serial: int, inserted: int, consumed: int, held: Iterable[Held]) -> None:
+        """Fill the buffer as it was when it gave its `addresses`.
+
+        Args:
+            first_serial: As in the addresses.
+            inserted: Experiences ever inserted.
+            consumed: Serial number of the oldest fresh experience.
+            held: The unrolls at those positions, oldest first; read one after the other.
+
+        Raises:
+            ContractError: They are not the experiences that a buffer of this capacity held then.
+        """
+        oldest = max(0, inserted - self.capacity)
+        self._inserted = first_serial
+        for unroll in held:
+            self.consume_all()
+            self.insert(*unroll)
+            if self._inserted <= oldest:
+                raise ContractError(
+                    f"a buffer of capacity {self.capacity} held nothing of record {unroll.position}"
+                )
+        if self._inserted != inserted or first_serial > oldest:
+            raise ContractError(
+                f"the buffer was filled with the experiences from {first_serial} up to {self._inserted}, but with a "
+                f"capacity of {self.capacity} it held those from {oldest} up to {inserted}"
+            )
+        self._consumed = consumed
 
     def sample(self, batch_size: int, fresh: int, *, rng: np.random.Generator) -> ReplaySample:
-        """Consume the `fresh` oldest fresh experiences and fill the batch from the rest that is held.
+        """Consume the `fresh` oldest fresh experiences and fill the batch as `choose` says.
+
+        Raises:
+            InvariantViolation: Fewer fresh experiences than asked for.
+        """
+        sample = self.read(self.choose(batch_size, fresh, rng=rng), fresh)
+        self.consume(fresh)
+        return sample
+
+    def consume(self, count: int) -> None:
+        """Take the oldest fresh experiences for consumed; they stay in the buffer and can be drawn from it."""
+        self._consumed += count
+
+    def choose(self, batch_size: int, fresh: int, *, rng: np.random.Generator) -> Serials:
+        """The serial numbers `[B]` of a batch, without consuming anything: the `fresh` oldest fresh experiences first.
 
         The others are drawn uniformly without replacement among experiences held and not in the batch already; while
         there are too few of them, with replacement among all held.
@@ -149,8 +210,10 @@ class GraphExperienceBuffer:
             drawn = np.where(drawn >= self._consumed, drawn + fresh, drawn)
         else:
             drawn = oldest + rng.integers(len(self), size=replayed)
-        serials = np.concatenate([chosen, drawn.astype(np.int64)])
-        self._consumed += fresh
+        return np.concatenate([chosen, drawn.astype(np.int64)])
+
+    def read(self, serials: Serials, fresh: int) -> ReplaySample:
+        """The experiences of these serial numbers, of which the first `fresh` are fresh."""
         return ReplaySample(serials, fresh, self._versions[serials % self.capacity], self.gather(serials))
 
     def gather(self, serials: Serials) -> Trajectory:

@@ -27,7 +27,6 @@ class RewardScale:
     def __init__(self, gamma: float) -> None:
         self._gamma = gamma
         self._returns: dict[int, Array] = {}
-        self._incarnations: dict[int, int] = {}
         self._count = 0
         self._mean = 0.0
         self._sum_squares = 0.0
@@ -39,20 +38,18 @@ class RewardScale:
             return 1.0
         return max(float(np.sqrt(self._sum_squares / self._count)), DEVIATION_MIN)
 
-    def update(self, actor: int, incarnation: int, rewards: Tensor, ended: Tensor) -> None:
+    def update(self, actor: int, begins: Tensor, rewards: Tensor, ended: Tensor) -> None:
         """Follow one unroll.
 
         Args:
-            actor: Index of the actor; its lanes' returns go on from its last unroll, if the incarnation is the same.
-            incarnation: Which life of the actor; a new one begins new episodes.
+            actor: Index of the actor; its lanes' returns go on from its last unroll.
+            begins: `[B]` bool; lanes that begin an episode with the unroll's first step, whatever was before.
             rewards: `[T, B]`.
             ended: `[T, B]` bool.
         """
         lanes = rewards.shape[1]
-        if self._incarnations.get(actor) != incarnation or self._returns[actor].shape[0] != lanes:
-            self._incarnations[actor] = incarnation
-            self._returns[actor] = np.zeros(lanes, dtype=np.float64)
-        current = self._returns[actor]
+        before = self._returns.get(actor, np.zeros(lanes, dtype=np.float64))
+        current = np.where(begins.numpy(), 0.0, before)
         values = rewards.numpy().astype(np.float64)
         ends = ended.numpy()
         followed = np.empty_like(values)
@@ -83,17 +80,13 @@ class RewardScale:
             "count": self._count,
             "mean": self._mean,
             "sum_squares": self._sum_squares,
-            "actors": {
-                str(actor): {"incarnation": self._incarnations[actor], "returns": returns.tolist()}
-                for actor, returns in sorted(self._returns.items())
-            },
+            "returns": {str(actor): returns.tolist() for actor, returns in sorted(self._returns.items())},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` gave."""
         self._count, self._mean = state["count"], state["mean"]
         self._sum_squares = state["sum_squares"]
-        self._incarnations = {int(actor): held["incarnation"] for actor, held in state["actors"].items()}
         self._returns = {
-            int(actor): np.array(held["returns"], dtype=np.float64) for actor, held in state["actors"].items()
+            int(actor): np.array(returns, dtype=np.float64) for actor, returns in state["returns"].items()
         }

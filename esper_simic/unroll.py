@@ -7,7 +7,7 @@ episode n is the stream `(lane_seed, n, "action")`, so it depends on nothing but
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from esper_simic import seeding
 from esper_simic.actions import HEADS
+from esper_simic.errors import InvariantViolation
 from esper_simic.events import EpisodeFinished
 from esper_simic.graphs import OBSERVATION_KEYS
 from esper_simic.policies.graph_policy import GraphPolicy, observations_from_numpy
@@ -142,6 +143,62 @@ def unroll(
         truncation_values=torch.stack(truncation_values),
     )
     return trajectory, finished
+
+
+def resimulate(
+    lanes: Lanes, carry: UnrollCarry, unrolls: Iterable[tuple[Trajectory, Tensor]]
+) -> Iterator[int]:
+    """Bring lanes that were just reset to where others stood after these unrolls, without any policy.
+
+    Every lane is stepped with the recorded actions; chance is drawn as it was drawn then. Whatever the environments
+    give is compared with what is recorded, so in the end `carry`, moved on in place, equals the other's bit for bit.
+
+    Args:
+        lanes: The environments, standing at `carry`.
+        carry: Of lanes that were just reset as the others were.
+        unrolls: The trajectories in order, each with the recurrent state `[E, state]` after its last step.
+
+    Yields:
+        The number of each unroll that was done, from 1: progress can be told.
+
+    Raises:
+        InvariantViolation: Something else came than is recorded; names unroll, step and key.
+    """
+    for number, (recorded, state_after) in enumerate(unrolls, start=1):
+        _check_same("initial_state", carry.state.numpy(), recorded.initial_state, number, 0)
+        for t in range(recorded.length):
+            _check_carry(carry, recorded, number, t)
+            carry.chance.draw()
+            observation, reward, terminated, truncated, infos = lanes.step(recorded.actions[t].numpy())
+            done = np.logical_or(terminated, truncated)
+            _check_same("rewards", np.asarray(reward, dtype=np.float32), recorded.rewards[t], number, t)
+            _check_same("ended", done, recorded.ended[t], number, t)
+            carry.observation, carry.episode_start = observation, done
+            if done.any():
+                _outcomes(carry, np.flatnonzero(done), truncated, infos)
+        _check_carry(carry, recorded, number, recorded.length)
+        carry.state = state_after.clone()
+        yield number
+
+
+def _check_carry(carry: UnrollCarry, recorded: Trajectory, number: int, t: int) -> None:
+    for key in OBSERVATION_KEYS:
+        _check_same(f"observations.{key}", carry.observation[key], recorded.observations[key][t], number, t)
+    _check_same("episode_start", carry.episode_start, recorded.episode_start[t], number, t)
+
+
+def _check_same(key: str, found: Array, recorded: Tensor, number: int, t: int) -> None:
+    expected = recorded.numpy()
+    # Bytes, not values: 0.0 and -0.0 are equal and act differently later.
+    if (
+        found.dtype != expected.dtype
+        or found.shape != expected.shape
+        or found.tobytes() != expected.tobytes()
+    ):
+        raise InvariantViolation(
+            f"re-simulated unroll {number}, step {t}: {key} is another than recorded; the environments are not the "
+            f"same (another version, machine or configuration), or this unroll does not follow the one before it"
+        )
 
 
 def _cut_values(policy: GraphPolicy, state: Tensor, truncated: Array, infos: Mapping[str, Any]) -> Tensor:

@@ -19,6 +19,7 @@ from supervisor.journal.format import (
     SegmentCursor,
     SegmentHeader,
     file_digest,
+    segment_name,
     segment_paths,
 )
 
@@ -95,8 +96,7 @@ def verify(directory: Path | str) -> AuditReport:
     """Read a whole journal and report what is wrong with it.
 
     Checked are every checksum and position, that segments follow each other without a gap, that they name one owner
-    and one run, and that each names the digest of the one before. The
-    oldest segment must begin with position 0.
+    and one run, and that each names the digest of the one before. The oldest segment must begin with position 0.
 
     Args:
         directory: The journal's directory.
@@ -114,7 +114,10 @@ def verify(directory: Path | str) -> AuditReport:
         if index > 0:
             damage += _misfits(examined[index - 1], now)
         elif now.summary.first_position > 0:
-            missing = f"it is the oldest segment; positions 0 to {now.summary.first_position - 1} are missing"
+            missing = (
+                f"it is the oldest segment; positions 0 to {now.summary.first_position - 1} are missing: no "
+                f"{segment_name(0)} stands here"
+            )
             damage.append(Damage(now.summary.name, 0, missing))
         else:
             damage += _digest_misfit(now, NO_DIGEST, "no segment")
@@ -180,15 +183,21 @@ def _misfits(before: _Examined, now: _Examined) -> list[Damage]:
     if before.summary.damage is not None or before.header is None or now.header is None:
         return []
     if before.end_position != now.header.first_position:
-        missing = f"positions {before.end_position} to {now.header.first_position - 1}"
-        if before.end_position > now.header.first_position:
-            missing = "nothing: positions overlap"
-        return [
-            Damage(before.summary.name, before.end_offset, f"{now.summary.name} follows; missing: {missing}")
-        ]
+        return [Damage(before.summary.name, before.end_offset, _gap(before, now.header.first_position, now))]
     if (before.header.owner, before.header.run_id) != (now.header.owner, now.header.run_id):
         return [Damage(now.summary.name, 0, f"another owner or run than {before.summary.name} names")]
     return _digest_misfit(now, bytes.fromhex(before.summary.digest), before.summary.name)
+
+
+def _gap(before: _Examined, first_position: int, now: _Examined) -> str:
+    """What stands between two segments that do not follow each other, by the names of both."""
+    where = f"between {before.summary.name} and {now.summary.name}"
+    if before.end_position > first_position:
+        return f"{where} positions {first_position} to {before.end_position - 1} stand twice"
+    return (
+        f"{where} positions {before.end_position} to {first_position - 1} are missing: no "
+        f"{segment_name(before.end_position)} stands here, or the end of {before.summary.name} was cut off"
+    )
 
 
 def _digest_misfit(now: _Examined, expected: bytes, whose: str) -> list[Damage]:

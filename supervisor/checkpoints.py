@@ -5,21 +5,24 @@ and SHA-256. It is written under a temporary name, every file synced, the direct
 parent synced. It counts only once `CheckpointSaved` stands in the learner's journal: that is the caller's next move.
 
 Until then the one before counts, so no checkpoint is ever replaced: the second of the same step becomes
-`step-<12 digits>-2`, and so on. One writer a directory.
+`step-<12 digits>-2`, and so on. It is removed name first, then file by file, so what has a checkpoint's name is whole
+or damaged, never half removed. One writer a directory; `save` may run in a thread beside `prune`.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import msgspec
 
 from esper_simic.errors import ContractError, UnavailableError
+from supervisor import faults
 from supervisor.files import fsync_directory, write_atomically
 
 FORMAT_VERSION: Final = 1
@@ -27,6 +30,7 @@ MANIFEST: Final = "manifest.json"
 _NAME: Final = re.compile(r"step-(\d{12})(?:-([1-9]\d*))?")
 _FILE_NAME: Final = re.compile(r"\w[\w.-]*")
 _LEFTOVERS: Final = ".step-*.partial"
+_REMOVED: Final = ".step-*.removed"
 
 
 class CheckpointFile(msgspec.Struct, frozen=True):
@@ -47,6 +51,22 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     state_digest: str
     fingerprint: dict[str, str]
     files: dict[str, CheckpointFile]
+    score: float | None = None
+    """Mean return of the recent training episodes when it was staged; the higher the better."""
+
+
+class GoodCheckpoint(msgspec.Struct, frozen=True):
+    """A checkpoint with a right manifest; its files may still be bad (`load` tells)."""
+
+    path: Path
+    manifest: Manifest
+
+
+class BadCheckpoint(msgspec.Struct, frozen=True):
+    """What has a checkpoint's name and no right manifest, and why."""
+
+    path: Path
+    reason: str
 
 
 def directory_name(step: int, copy: int = 1) -> str:
@@ -77,15 +97,20 @@ def save(parent: Path, files: Mapping[str, bytes], manifest: Mapping[str, Any]) 
             raise ContractError(f"a file of a checkpoint cannot be called {name!r}")
     described = {name: _describe(data) for name, data in files.items()}
     whole = msgspec.convert({**manifest, "format_version": FORMAT_VERSION, "files": described}, Manifest)
+    if whole.score is not None and not math.isfinite(whole.score):
+        whole = msgspec.structs.replace(whole, score=None)  # JSON has no such number
     staging = parent / f".{directory_name(whole.step)}.partial"
     try:
         _make_staging(parent, staging)
         for name, data in files.items():
             write_atomically(staging / name, data)
+            faults.point("checkpoint.file.after")
         write_atomically(staging / MANIFEST, msgspec.json.format(msgspec.json.encode(whole), indent=2))
         if load(staging)[0] != whole:
             raise ContractError(f"{staging / MANIFEST} differs from what was written")
+        faults.point("checkpoint.rename.before")
         final = staging.rename(_free_name(parent, whole.step))
+        faults.point("checkpoint.rename.after")
         fsync_directory(parent)
     except OSError as error:
         shutil.rmtree(staging, ignore_errors=True)
@@ -181,11 +206,123 @@ def _read(path: Path, expected: CheckpointFile) -> bytes:
     return data
 
 
+def list_checkpoints(parent: Path) -> list[GoodCheckpoint | BadCheckpoint]:
+    """The checkpoints in a directory, by step and copy, the oldest first; none where there is no directory."""
+    listed: list[GoodCheckpoint | BadCheckpoint] = []
+    for path in _in_order(parent):
+        try:
+            listed.append(GoodCheckpoint(path, read_manifest(path)))
+        except (ContractError, UnavailableError) as error:
+            listed.append(BadCheckpoint(path, str(error)))
+    return listed
+
+
 def newest(parent: Path) -> Path | None:
     """The checkpoint of the highest step, the last made of it; None where there is none."""
+    paths = _in_order(parent)
+    return paths[-1] if paths else None
+
+
+def _in_order(parent: Path) -> list[Path]:
     found = [
         (int(match[1]), int(match[2] or 1), path)
         for path in (parent.iterdir() if parent.is_dir() else ())
         if (match := _NAME.fullmatch(path.name))
     ]
-    return max(found)[2] if found else None
+    return [path for _, _, path in sorted(found)]
+
+
+class Kept(NamedTuple):
+    """The checkpoints that are kept for their age, and for their score; some may be both."""
+
+    newest: list[GoodCheckpoint]
+    """The oldest of them first."""
+    best: list[GoodCheckpoint]
+    """The best first."""
+
+
+def choose(good: Sequence[GoodCheckpoint], keep_last: int, keep_best: int) -> Kept:
+    """Which checkpoints `prune` keeps.
+
+    Args:
+        good: As `list_checkpoints` gave them, in that order.
+        keep_last: The newest ones kept; at least one is.
+        keep_best: Those of the highest score; of equal ones the newer. One without a score is never among them.
+    """
+    scored = [(one.manifest.score, index) for index, one in enumerate(good) if one.manifest.score is not None]
+    best = [good[index] for _, index in sorted(scored, reverse=True)[:keep_best]]
+    return Kept(list(good[-max(keep_last, 1) :]), best)
+
+
+def prune(parent: Path, keep_last: int, keep_best: int, protected: Collection[str] = ()) -> list[str]:
+    """Remove the checkpoints that need not be kept, and what an interrupted removal has left.
+
+    Bad ones are left for a person to look at, and count for nothing: the last good one always stays.
+
+    Args:
+        parent: The run's `checkpoints/` directory.
+        keep_last: The newest ones kept, at least 1.
+        keep_best: Those of the highest score kept beside them.
+        protected: Names of directories that stay in any case.
+
+    Returns:
+        The names of the removed ones, oldest first.
+
+    Raises:
+        UnavailableError: The disk refused.
+    """
+    for leftover in parent.glob(_REMOVED):
+        _delete(leftover)
+    good = [listed for listed in list_checkpoints(parent) if isinstance(listed, GoodCheckpoint)]
+    chosen = choose(good, keep_last, keep_best)
+    kept = {one.path.name for one in (*chosen.newest, *chosen.best)} | set(protected)
+    superfluous = [one.path for one in good if one.path.name not in kept]
+    for path in superfluous:
+        remove(path)
+    return [path.name for path in superfluous]
+
+
+def remove(directory: Path) -> None:
+    """Remove a checkpoint: its name first, at once, then its files.
+
+    Raises:
+        UnavailableError: The disk refused.
+    """
+    faults.point("checkpoint.prune.before")
+    hidden = directory.with_name(f".{directory.name}.removed")
+    if hidden.exists():  # an earlier one of this name, whose removal was interrupted
+        _delete(hidden)
+    try:
+        directory.rename(hidden)
+        fsync_directory(directory.parent)
+    except OSError as error:
+        raise UnavailableError(f"cannot remove checkpoint {directory}: {error}") from error
+    _delete(hidden)
+    faults.point("checkpoint.prune.after")
+
+
+def _delete(hidden: Path) -> None:
+    try:
+        for path in sorted(path for path in hidden.iterdir() if not path.is_dir())[:1]:
+            path.unlink()
+            faults.point("checkpoint.prune.half")
+        shutil.rmtree(hidden)
+    except OSError as error:
+        raise UnavailableError(f"cannot remove {hidden}: {error}") from error
+
+
+def set_aside(directory: Path) -> Path:
+    """Give a bad checkpoint a name that nobody takes for a checkpoint's, for a person to look at.
+
+    Raises:
+        UnavailableError: The disk refused.
+    """
+    aside = directory.with_name(f"bad-{directory.name}")
+    try:
+        if aside.exists():
+            shutil.rmtree(aside)
+        directory.rename(aside)
+        fsync_directory(directory.parent)
+    except OSError as error:
+        raise UnavailableError(f"cannot set checkpoint {directory} aside: {error}") from error
+    return aside

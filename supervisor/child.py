@@ -1,7 +1,8 @@
 """What every child process does before and after its role's main.
 
-In this order: output into its log, the lifelines, deaf to the terminal's signals (the supervisor decides when a child
-ends, or a Ctrl-C would race with the checkpoint), a signal that writes the stacks of a hung process, then the role.
+In this order: output into its log, a temporary directory of the run's own, the lifelines, deaf to the terminal's
+signals (the supervisor decides when a child ends, or a Ctrl-C would race with the checkpoint), a signal that writes the
+stacks of a hung process, then the role.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import importlib
 import os
 import signal
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
@@ -18,6 +20,7 @@ from typing import Final
 import msgspec
 
 from esper_simic.errors import ConfigError
+from supervisor import faults
 from supervisor.events import ChildId
 from supervisor.lifeline import die_with_parent, exit_with_parent
 
@@ -77,8 +80,10 @@ def run_child(main_path: str, spec: ChildSpec) -> None:
         SystemExit: With status 78 after a `ConfigError`. Any other error goes to the interpreter, which writes its
             trace into the log and exits with 1.
     """
+    faults.arm(spec.who.role)
     run_dir = Path(spec.run_dir)
     _write_output_to(log_path(run_dir, spec.who))
+    _use_temporary_directory(run_dir / "tmp")
     die_with_parent()
     exit_with_parent()
     for number in DEAF_TO:
@@ -108,6 +113,12 @@ def resolve(main_path: str) -> Main:
         raise ConfigError(f"a role's main is package.module:function, {main_path!r} names none")
     main: Main = found
     return main
+
+
+def _use_temporary_directory(path: Path) -> None:
+    """Libraries leave generated modules behind; they shall lie in the run's directory, not in the machine's."""
+    path.mkdir(exist_ok=True)
+    os.environ["TMPDIR"] = tempfile.tempdir = str(path)
 
 
 def _write_output_to(path: Path) -> None:

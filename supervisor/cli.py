@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
-import itertools
 import platform
 import shlex
 import sys
@@ -11,25 +11,41 @@ import time
 import uuid
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final, NoReturn
+from typing import TYPE_CHECKING, Annotated, Final, NoReturn, cast
 
 import msgspec
 import typer
 from rich.console import Console
 
-from esper_simic.config import to_yaml
+from esper_simic.config import Config, parse, to_yaml
 from esper_simic.errors import ConfigError, SimicError, UnavailableError
-from supervisor import audit, config_file, status, view
+from supervisor import cli_history, config_file, faults, status, view
+from supervisor.cli_common import (
+    CONFIGURATION,
+    FAILED,
+    NOT_RUNNING,
+    OK,
+    RUNS,
+    UNKNOWN,
+    USAGE,
+    FileOption,
+    JsonOption,
+    PresetOption,
+    RunArgument,
+    SetOption,
+    commands,
+    directory_of,
+    fail,
+)
 from supervisor.clock import SystemClock
-from supervisor.journal import read
-from supervisor.run import RunFacts
+from supervisor.loop import RunFacts
+from supervisor.outcome import past_of
+from supervisor.resume import RESTART_BEHAVIORS, RestartBehavior, check_resumable, prepare
 from supervisor.run import run as supervise
 from supervisor.vitals import Snapshot
 
 if TYPE_CHECKING:
     from supervisor.metrics import TensorBoardWriter
-
-OK, FAILED, USAGE, NOT_RUNNING, UNKNOWN, CONFIGURATION = 0, 1, 2, 3, 4, 78
 
 STATUS_CODE: Final = {
     status.Health.STARTING: OK,
@@ -45,37 +61,23 @@ GATE_CODE: Final = STATUS_CODE | {status.Health.STARTING: FAILED, status.Health.
 EVALUATED: Final = (view.LEARNED, "heuristic", "patient", "random", "never-grow")
 """Policies measured at the end of a run, in the order of the table; the learned one, the dearest, begins first."""
 
+DEFAULT_PRESET: Final = "digits"
+
+SCALARS_RETRY_S: Final = 30.0
+"""After so long a disk that did not take the scalars is tried again."""
+
 VERSIONED: Final = ("simic", "torch", "torch-geometric", "numpy", "gymnasium", "pyzmq", "msgspec")
-RUNS: Final = Path("runs")
 
-
-def _commands(text: str) -> typer.Typer:
-    """A group of commands whose help and errors are plain text."""
-    return typer.Typer(
-        help=text,
-        no_args_is_help=True,
-        add_completion=False,
-        rich_markup_mode=None,
-        pretty_exceptions_enable=False,
-    )
-
-
-app = _commands(
+app = commands(
     "Train controllers of growing networks, and look after the runs.\n\n"
     "Exit status: 0 ok, 1 failed or degraded, 2 usage, 3 not running, 4 unknown, 78 configuration."
 )
-log_app = _commands("Read and check the event log of a run.")
-config_app = _commands("Check and explain configurations.")
-app.add_typer(log_app, name="log")
+config_app = commands("Check and explain configurations.")
+app.add_typer(cli_history.log_app, name="log")
+app.add_typer(cli_history.checkpoint_app, name="checkpoint")
+app.command("replay")(cli_history.replay)
+app.command("verify-recovery")(cli_history.verify_recovery)
 app.add_typer(config_app, name="config")
-
-RunArgument = Annotated[Path | None, typer.Argument(help="A run directory; by default the newest in runs/.")]
-PresetOption = Annotated[str, typer.Option(help="Shipped preset to start from.")]
-FileOption = Annotated[Path | None, typer.Option("--config", help="YAML file that overlays the preset.")]
-SetOption = Annotated[
-    list[str] | None, typer.Option("--set", metavar="A.B=C", help="Set one key; repeatable.")
-]
-OwnerOption = Annotated[str, typer.Option(help="Whose journal: supervisor, learner-0, ...")]
 
 
 def main() -> NoReturn:
@@ -86,9 +88,9 @@ def main() -> NoReturn:
     try:
         app(prog_name="simic-supervisor")
     except ConfigError as error:
-        _fail(f"configuration: {error}", CONFIGURATION)
+        fail(f"configuration: {error}", CONFIGURATION)
     except SimicError as error:
-        _fail(str(error), FAILED)
+        fail(str(error), FAILED)
     finally:
         _flush()
     raise SystemExit(OK)
@@ -104,25 +106,11 @@ def _flush() -> None:
         view.discard(sys.stdout)
 
 
-def _fail(message: str, code: int) -> NoReturn:
-    print(f"simic-supervisor: {message}", file=sys.stderr)
-    raise SystemExit(code)
-
-
-def _directory(run_dir: Path | None) -> Path:
-    """The run directory that was named, or the newest; none there is exit status 4."""
-    try:
-        directory = run_dir or status.newest_run(RUNS)
-    except UnavailableError as error:
-        _fail(str(error), UNKNOWN)
-    if not directory.is_dir():
-        _fail(f"there is no directory {directory}", UNKNOWN)
-    return directory
-
-
 @app.command()
 def run(
-    preset: PresetOption = "digits",
+    preset: Annotated[
+        str | None, typer.Option(help="Shipped preset to start from.", show_default=DEFAULT_PRESET)
+    ] = None,
     file: FileOption = None,
     assignments: SetOption = None,
     run_dir: Annotated[Path | None, typer.Option(help="Default: a new runs/<preset>-<time>.")] = None,
@@ -130,22 +118,41 @@ def run(
     max_seconds: Annotated[float | None, typer.Option(help="Training time limit of this invocation.")] = None,
     max_steps: Annotated[int | None, typer.Option(help="Environment step limit of this invocation.")] = None,
     evaluation: Annotated[bool, typer.Option(help="Measure the policies at the end.")] = True,
+    resume: Annotated[
+        Path | None,
+        typer.Option(help="Go on with this run under its own configuration; --set for supervisor.* only."),
+    ] = None,
+    restart_behavior: Annotated[
+        str,
+        typer.Option(
+            metavar="|".join(RESTART_BEHAVIORS),
+            help="What to do with a run that --run-dir holds: go on, move it aside, remove it.",
+        ),
+    ] = "resume",
 ) -> None:
-    """Train a controller, then measure it."""
+    """Train a controller, then measure it. A run directory that holds a run goes on with it."""
+    faults.arm("supervisor")
     short = {
         "simic_trainer.seed": seed,
         "supervisor.max_seconds": max_seconds,
         "supervisor.max_steps": max_steps,
     }
     given = [*(assignments or []), *(f"{key}={value}" for key, value in short.items() if value is not None)]
-    config = config_file.load(preset, file, given)
-    directory = run_dir or RUNS / f"{preset}-{time.strftime('%Y%m%d-%H%M%S')}"
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        _fail(f"cannot make the run directory {directory}: {error.strerror}", FAILED)
+    if resume is not None:
+        others = {"--preset": preset, "--config": file, "--run-dir": run_dir}
+        unwanted = [name for name, value in others.items() if value is not None]
+        if unwanted or restart_behavior != "resume":
+            named = ", ".join([*unwanted, *(["--restart-behavior"] if restart_behavior != "resume" else [])])
+            fail(f"--resume RUN goes on with that run under its own configuration: leave out {named}", USAGE)
+        directory = resume
+        begun_with, config = _own_configuration(resume, given)
+    else:
+        begun_with = preset or DEFAULT_PRESET
+        config = config_file.load(begun_with, file, given)
+        directory = run_dir or RUNS / f"{begun_with}-{time.strftime('%Y%m%d-%H%M%S')}"
+        _make_way(directory, restart_behavior)
     facts = RunFacts(
-        preset=preset,
+        preset=begun_with,
         config_text=to_yaml(config),
         evaluation_policies=EVALUATED if evaluation else (),
         fingerprint={"python": platform.python_version(), "platform": sys.platform},
@@ -157,51 +164,97 @@ def run(
         outcome = supervise(directory, config, facts, clock=SystemClock(), observer=display)
     finally:
         display.close()
-    again = f"run --preset {preset} --seed {config.simic_trainer.seed + 1}"
+    again = f"run --preset {begun_with} --seed {config.simic_trainer.seed + 1}"
     again += f" --config {shlex.quote(str(file))}" if file else ""
     view.report(console, directory, outcome, EVALUATED, again)
     raise typer.Exit(outcome.exit_code)
+
+
+def _own_configuration(directory: Path, given: list[str]) -> tuple[str, Config]:
+    """Preset and configuration of a run, as its journal has them, with changes that do not make another run of it."""
+    started = past_of(directory).started if directory.is_dir() else None
+    if started is None:
+        fail(f"{directory} holds no run to resume", UNKNOWN)
+    config = parse(started.config_text, assignments=given)
+    check_resumable(started.config, config)
+    return started.preset, config
+
+
+def _make_way(directory: Path, restart_behavior: str) -> None:
+    if restart_behavior not in RESTART_BEHAVIORS:
+        fail(f"--restart-behavior is {' or '.join(RESTART_BEHAVIORS)}, not {restart_behavior!r}", USAGE)
+    aside = prepare(directory, cast("RestartBehavior", restart_behavior))
+    if aside is not None:
+        print(f"the run in {directory} was moved to {aside}")
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"cannot make the run directory {directory}: {error.strerror}", FAILED)
 
 
 class _Display:
     """Shows snapshots and writes them to TensorBoard.
 
     TensorBoard's writer is imported with the first update: it costs a fifth of a second that would delay the children.
+    A disk that does not take the scalars is no reason to end a run: after a pause another file is begun.
     """
 
     def __init__(self, console: Console, directory: Path) -> None:
-        self._view, self._rate = view.LiveView(console), view.RateMeter()
+        self._console, self._view, self._rate = console, view.LiveView(console), view.RateMeter()
         self._directory = directory / "tensorboard"
         self._writer: TensorBoardWriter | None = None
+        self._not_before_s = 0.0
+        self._is_introduced = False
 
     def __call__(self, snapshot: Snapshot) -> None:
+        if snapshot.resumes and not self._is_introduced:
+            view.tell(self._console, f"going on with run {snapshot.run_id}")
+        self._is_introduced = True
         rate = self._rate.observe(snapshot)
         self._view.show(snapshot, rate)
-        if snapshot.learner.step == 0:
-            return
-        if self._writer is None:
-            from supervisor.metrics import TensorBoardWriter
+        # Where this supervisor found the run was drawn by the one before.
+        is_new = snapshot.learner.step > snapshot.learner.before
+        if is_new and snapshot.elapsed_s >= self._not_before_s:
+            self._draw(snapshot, rate)
 
-            self._writer = TensorBoardWriter(self._directory)
+    def _draw(self, snapshot: Snapshot, rate: float) -> None:
         metrics = snapshot.learner.metrics | {"steps_per_second": rate}
-        self._writer.write(snapshot.environment.steps, metrics, time.time())
+        try:
+            if self._writer is None:
+                from supervisor.metrics import TensorBoardWriter
+
+                self._writer = TensorBoardWriter(self._directory)
+            self._writer.write(snapshot.environment.steps, metrics, time.time())
+        except UnavailableError as error:
+            self._not_before_s = snapshot.elapsed_s + SCALARS_RETRY_S
+            self._give_up_scalars(error)
+
+    def _give_up_scalars(self, error: UnavailableError) -> None:
+        view.tell(self._console, f"{error}; the run goes on without them and tries again")
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            with contextlib.suppress(UnavailableError):  # it has just said so
+                writer.close()
 
     def close(self) -> None:
         self._view.close()
         if self._writer is not None:
-            self._writer.close()
+            try:
+                self._writer.close()
+            except UnavailableError as error:
+                view.tell(self._console, str(error))
 
 
 @app.command("status")
 def show_status(
     run_dir: RunArgument = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object, schema versioned.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Show a run, live or from its files.
 
     Exit status 0 while it runs, 1 degraded or failed, 3 not running any more, 4 unknown.
     """
-    directory = _directory(run_dir)
+    directory = directory_of(run_dir)
     snapshot, health = _observed(directory)
     if as_json:
         print(msgspec.json.encode(snapshot).decode())
@@ -220,12 +273,13 @@ def is_healthy(run_dir: RunArgument = None) -> None:
     0 it trains or evaluates with all its processes; 1 it does not: it starts, stops, is degraded or failed; 3 not
     running any more; 4 unknown.
     """
-    snapshot, health = _observed(_directory(run_dir))
+    snapshot, health = _observed(directory_of(run_dir))
     code = GATE_CODE[health]
     words = (
         f"{snapshot.state}, update {snapshot.learner.step}, {snapshot.environment.steps} environment steps"
     )
-    reason = f": {snapshot.reason}" if snapshot.reason else ""
+    why = "; ".join([snapshot.reason] if snapshot.reason else status.worries(snapshot))
+    reason = f": {why}" if why else ""
     print(f"{'healthy' if code == OK else f'not healthy ({health})'}: {words}{reason}")
     raise typer.Exit(code)
 
@@ -236,7 +290,7 @@ def _observed(directory: Path) -> tuple[Snapshot, status.Health]:
         snapshot = status.observe(directory)
         return snapshot, status.health(snapshot)
     except SimicError as error:
-        _fail(str(error), UNKNOWN)
+        fail(str(error), UNKNOWN)
 
 
 @app.command()
@@ -245,84 +299,14 @@ def stop(run_dir: RunArgument = None) -> None:
 
     Training ends, and the learner leaves a checkpoint.
     """
-    directory = _directory(run_dir)
+    directory = directory_of(run_dir)
     try:
         reply = status.command(directory, "stop", uuid.uuid4().hex)
     except UnavailableError as error:
-        _fail(str(error), NOT_RUNNING)
+        fail(str(error), NOT_RUNNING)
     if not reply.accepted:
-        _fail(f"refused: {reply.reason}", FAILED)
+        fail(f"refused: {reply.reason}", FAILED)
     print(f"stopping {directory} (event {reply.position})")
-
-
-@log_app.command("ls")
-def log_ls(run_dir: RunArgument = None, owner: OwnerOption = "supervisor") -> None:
-    """List the segments of a journal."""
-    for segment in audit.list_segments(_journal(run_dir, owner)):
-        kinds = ", ".join(f"{kind} {count}" for kind, count in sorted(segment.kinds.items()))
-        last = "-" if segment.last_position is None else segment.last_position
-        print(
-            f"{segment.name}  {segment.first_position}..{last}  {segment.records} records  {segment.bytes} bytes"
-            f"  {kinds}"
-        )
-
-
-@log_app.command("cat")
-def log_cat(
-    run_dir: RunArgument = None,
-    owner: OwnerOption = "supervisor",
-    start: Annotated[int, typer.Option(min=0, help="First position.")] = 0,
-    limit: Annotated[int | None, typer.Option(min=0, help="At most so many records.")] = None,
-    kind: Annotated[str | None, typer.Option(help="Only this kind.")] = None,
-) -> None:
-    """Print records as JSON lines; frames by their sizes."""
-    records = read(_journal(run_dir, owner), start)
-    chosen = (record for record in records if kind is None or record.kind == kind)
-    for record in itertools.islice(chosen, limit):
-        shown = {
-            "position": record.position,
-            "time_ns": record.time_ns,
-            "kind": record.kind,
-            "header": record.header,
-            "frames": [frame.nbytes for frame in record.frames],
-        }
-        print(msgspec.json.encode(shown).decode())
-
-
-@log_app.command("verify")
-def log_verify(
-    run_dir: RunArgument = None, owner: Annotated[str | None, typer.Option(help="Default: all.")] = None
-) -> None:
-    """Check every byte of the journals."""
-    directory = _directory(run_dir)
-    journals = [_journal(directory, owner)] if owner else _journals(directory)
-    if not journals:
-        _fail(f"{directory} holds no journal", UNKNOWN)
-    reports = [audit.verify(journal) for journal in journals]
-    for journal, report in zip(journals, reports, strict=True):
-        print(
-            f"{journal.name}: {report.records} records, {report.bytes} bytes in {len(report.segments)} segments: "
-            f"{'sound' if report.is_sound else 'DAMAGED'}"
-        )
-        if report.torn_tail is not None:
-            tail = report.torn_tail
-            where = f"{tail.segment.name}:{tail.offset}"
-            print(f"  torn tail: {tail.bytes_removed} bytes at {where}; the next writer cuts it off")
-        for damage in report.damage:
-            print(f"  {damage.segment}:{damage.offset}: {damage.reason}")
-    raise typer.Exit(OK if all(report.is_sound for report in reports) else FAILED)
-
-
-def _journals(directory: Path) -> list[Path]:
-    return sorted(path for path in (directory / "journal").glob("*") if path.is_dir())
-
-
-def _journal(run_dir: Path | None, owner: str) -> Path:
-    directory = _directory(run_dir)
-    known = {path.name: path for path in _journals(directory)}
-    if owner not in known:
-        _fail(f"{directory} has no journal of {owner!r}; it has: {', '.join(known) or 'none'}", UNKNOWN)
-    return known[owner]
 
 
 @config_app.command("check")

@@ -7,15 +7,13 @@ learner gone with a checkpoint makes the evaluators' turn to start. `plan` reads
 Both are pure: time comes in as `now_s`, seconds since the supervisor started, and the policy as the `supervisor`
 section of the configuration. Notices about earlier lives of a child, or about lives already over, decide nothing.
 
-How a run ends: `STOPPING` empties the process tree in order (actors, evaluators, then the learner, which is asked for
-its checkpoint), and when nobody is left the facts say what comes next: a failure, an answered stop, the evaluation, or
-the end.
+How a run ends is in `stopping`, which child lives again in `restarts`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Final, assert_never
+from typing import Any, Final, assert_never
 
 from esper_simic.config import SupervisorConfig
 from esper_simic.errors import InvariantViolation
@@ -33,22 +31,20 @@ from supervisor.events import (
     ChildSaidReady,
     ChildSpawned,
     ChildStarted,
-    ChildStopRequested,
     CommandReceived,
     CommandRefused,
     DumpStacks,
     EvaluationAssigned,
     EvaluationFinished,
     EvaluationHeard,
-    EvaluationStarted,
+    GoesOn,
     KillChild,
     LearnerReported,
     PolicyEvaluated,
     ProgressHeard,
     Role,
     RunBegun,
-    RunFailed,
-    RunFinished,
+    RunResumed,
     RunStarted,
     SendEvaluationTask,
     SignalReceived,
@@ -58,8 +54,15 @@ from supervisor.events import (
     TrainingEnded,
     TrainingStarted,
 )
-from supervisor.restarts import replace_the_fallen, schedule, why
-from supervisor.state import LIVE, TERMINAL, Child, Phase, RunState, Status, apply
+from supervisor.restarts import needs_a_person, replace_the_fallen, schedule
+from supervisor.state import LIVE, TERMINAL, Child, Phase, RunState, Status, apply, limit_of
+from supervisor.stopping import (
+    ask,
+    evaluators,
+    is_checkpoint_owed,
+    open_tasks,
+    while_stopping,
+)
 
 Events = tuple[AnyEvent, ...]
 
@@ -78,6 +81,9 @@ WANTED: Final[dict[Phase, frozenset[Role]]] = {
     Phase.EVALUATING: frozenset({"evaluate"}),
 }
 """Whose processes a phase wants; every other live child is asked to go."""
+
+LIMITS: Final = ("max_seconds", "max_steps", "max_updates")
+"""Keys that end a training."""
 
 COMMANDS: Final = ("stop",)
 """Commands an operator may send."""
@@ -113,7 +119,7 @@ def plan(state: RunState, now_s: float, config: SupervisorConfig) -> tuple[AnyEf
     for who, child in sorted(state.children.items()):
         match child.status:
             case Status.SCHEDULED:
-                if who.role in WANTED.get(state.phase, ()) and child.start_at_s <= now_s:
+                if _is_wanted(state, who) and child.start_at_s <= now_s:
                     effects.append(StartChild(child=who))
             case Status.STOPPING:
                 effects.append(_rung(who, child, now_s))
@@ -140,7 +146,7 @@ def _rung(who: ChildId, child: Child, now_s: float) -> AnyEffect:
 def _respond(  # noqa: PLR0911 (a table)
     state: RunState, observed: AnyInput, now_s: float, config: SupervisorConfig
 ) -> Events:
-    if state.phase in TERMINAL:
+    if state.phase in TERMINAL and not isinstance(observed, RunBegun):
         return ()
     match observed:
         case RunBegun():
@@ -168,23 +174,51 @@ def _respond(  # noqa: PLR0911 (a table)
 
 
 def _begin(state: RunState, observed: RunBegun, now_s: float, config: SupervisorConfig) -> Events:
-    if state.phase is not Phase.EMPTY:
+    """Begin a run, or go on with one that did not finish, however it ended."""
+    facts: dict[str, Any] = {
+        "at_s": now_s,
+        "preset": observed.preset,
+        "config_text": observed.config_text,
+        "config": observed.config,
+        "fingerprint": observed.fingerprint,
+        "versions": observed.versions,
+        "started_unix_s": observed.started_unix_s,
+        "num_actors": config.num_actors,
+        "evaluation_workers": config.evaluation_workers,
+        "evaluation_policies": observed.evaluation_policies,
+    }
+    begun: AnyEvent
+    if state.phase is Phase.EMPTY:
+        begun = RunStarted(run_id=observed.run_id, **facts)
+    elif state.phase is Phase.FINISHED:
         return ()
-    started = RunStarted(
-        at_s=now_s,
-        run_id=observed.run_id,
-        preset=observed.preset,
-        config_text=observed.config_text,
-        config=observed.config,
-        fingerprint=observed.fingerprint,
-        versions=observed.versions,
-        started_unix_s=observed.started_unix_s,
-        num_actors=config.num_actors,
-        evaluation_workers=config.evaluation_workers,
-        evaluation_policies=observed.evaluation_policies,
+    else:
+        begun = RunResumed(goes_on=_goes_on(state, config), **facts)
+    state = apply(state, begun)
+    wanted: list[tuple[Role, int]]
+    if state.phase is Phase.EVALUATING:
+        wanted = [("evaluate", index) for index in range(evaluators(state))]
+    elif state.phase is Phase.STOPPING:
+        wanted = [("learner", 0)]
+    else:
+        wanted = [("learner", 0), *(("actor", index) for index in range(config.num_actors))]
+    return (
+        begun,
+        *(schedule(state.next_life(role, index), now_s, now_s, attempt=0) for role, index in wanted),
     )
-    children = [ChildId("learner", 0, 1), *(ChildId("actor", index, 1) for index in range(config.num_actors))]
-    return (started, *(schedule(who, now_s, now_s, attempt=0) for who in children))
+
+
+def _goes_on(state: RunState, config: SupervisorConfig) -> GoesOn:
+    """What a run that is resumed has still to do. Its training is over only under the limits that ended it."""
+    ended, checkpoint = state.training_ended, state.checkpoint
+    if ended is None or ended.reason == "requested" or state.training_started_s is None:
+        return "training"
+    if state.started is None or any(limit_of(state.started, key) != getattr(config, key) for key in LIMITS):
+        return "training"
+    if checkpoint is not None and checkpoint.learner_step == 0:
+        return "training"
+    # If measuring failed, the checkpoint may be why: the learner makes another one of its journal.
+    return "checkpoint" if checkpoint is None or state.failure else "evaluation"
 
 
 def _spawned(state: RunState, observed: ChildSpawned, now_s: float) -> Events:
@@ -194,9 +228,9 @@ def _spawned(state: RunState, observed: ChildSpawned, now_s: float) -> Events:
     started = ChildStarted(
         at_s=now_s, role=who.role, index=who.index, incarnation=who.incarnation, pid=observed.pid
     )
-    if who.role in WANTED.get(state.phase, ()):
+    if _is_wanted(state, who):
         return (started,)
-    return (started, _ask(who, now_s, reason="no longer wanted", kill_at_s=now_s))
+    return (started, ask(who, now_s, reason="no longer wanted", kill_at_s=now_s))
 
 
 def _said_ready(state: RunState, observed: ChildSaidReady, now_s: float) -> Events:
@@ -209,7 +243,14 @@ def _said_ready(state: RunState, observed: ChildSaidReady, now_s: float) -> Even
             return started
     elif not _is(state, who, Status.STARTED) or state.children[who].pid != observed.pid:
         return ()
-    ready = ChildReady(at_s=now_s, role=who.role, index=who.index, incarnation=who.incarnation)
+    ready = ChildReady(
+        at_s=now_s,
+        role=who.role,
+        index=who.index,
+        incarnation=who.incarnation,
+        learner_step=observed.learner_step,
+        environment_steps=observed.environment_steps,
+    )
     return (*started, ready)
 
 
@@ -233,9 +274,12 @@ def _progressed(state: RunState, observed: ProgressHeard, now_s: float, config: 
     who = observed.child
     if who.role != "learner" or not _is(state, who, *LIVE) or state.phase is not Phase.TRAINING:
         return ()
-    if config.max_steps is None or observed.environment_steps < config.max_steps:
-        return ()
-    return (TrainingEnded(at_s=now_s, reason="max_steps"),)
+    if _was_last(observed.learner_step, config):
+        return (TrainingEnded(at_s=now_s, reason="max_updates"),)
+    made = observed.environment_steps - (state.steps_before or 0)
+    if config.max_steps is not None and made >= config.max_steps:
+        return (TrainingEnded(at_s=now_s, reason="max_steps"),)
+    return ()
 
 
 def _learner_reported(state: RunState, observed: LearnerReported, now_s: float) -> Events:
@@ -291,8 +335,10 @@ def _tick(state: RunState, observed: Tick, now_s: float, config: SupervisorConfi
     for who, child in sorted(state.live.items()):
         reason = ""
         match child.status:
-            case Status.STARTED if now_s - child.since_s > config.ready_timeout_s:
-                reason = f"not ready within {config.ready_timeout_s:g} s"
+            case Status.STARTED:
+                silent_s = now_s - max(child.since_s, observed.progressed_at_s.get(who, child.since_s))
+                if silent_s > config.ready_timeout_s:
+                    reason = f"not ready within {config.ready_timeout_s:g} s"
             case Status.READY:
                 silent_s = now_s - max(child.since_s, observed.progressed_at_s.get(who, child.since_s))
                 if silent_s > config.progress_timeout_s:
@@ -306,7 +352,7 @@ def _tick(state: RunState, observed: Tick, now_s: float, config: SupervisorConfi
             case _:
                 pass
         if reason:
-            events.append(_ask(who, now_s, reason=reason, kill_at_s=now_s))
+            events.append(ask(who, now_s, reason=reason, kill_at_s=now_s))
     if state.phase is Phase.TRAINING and _time_is_up(state, now_s, config):
         events.append(TrainingEnded(at_s=now_s, reason="max_seconds"))
     return tuple(events)
@@ -319,105 +365,64 @@ def _advance(state: RunState, now_s: float, config: SupervisorConfig) -> Events:
     """The next conclusions the state allows, none when it has to wait for the world."""
     if state.phase is Phase.EMPTY or state.phase in TERMINAL:
         return ()
+    failed = needs_a_person(state, now_s)
+    if failed:
+        return failed
     by_phase: dict[Phase, Callable[[RunState, float, SupervisorConfig], Events]] = {
         Phase.STARTING: _while_starting,
         Phase.TRAINING: _while_training,
-        Phase.STOPPING: _while_stopping,
+        Phase.STOPPING: while_stopping,
         Phase.EVALUATING: _while_evaluating,
     }
     return by_phase[state.phase](state, now_s, config)
 
 
 def _while_starting(state: RunState, now_s: float, config: SupervisorConfig) -> Events:
-    if state.of_role("learner", Status.READY) and state.of_role("actor", Status.READY):
+    # A run that stands at its last update already needs no actor.
+    is_served = state.of_role("actor", Status.READY) or _was_last(state.learner_step, config)
+    if state.of_role("learner", Status.READY) and is_served:
         return (TrainingStarted(at_s=now_s),)
-    return _while_training(state, now_s, config)
+    return _replace(state, now_s, config)
 
 
 def _while_training(state: RunState, now_s: float, config: SupervisorConfig) -> Events:
-    for who, child in state.of_role("learner", Status.EXITED, Status.ABANDONED).items():
-        return (
-            RunFailed(at_s=now_s, reason=f"{who.name} is gone ({why(child)}) and nothing learns without it"),
-        )
-    return replace_the_fallen(state, "actor", now_s, config)
+    # One that died with its last update on its lips says where it stands when it is back.
+    if state.of_role("learner", Status.READY) and _was_last(state.learner_step, config):
+        return (TrainingEnded(at_s=now_s, reason="max_updates"),)
+    return _replace(state, now_s, config)
+
+
+def _replace(state: RunState, now_s: float, config: SupervisorConfig) -> Events:
+    learner = replace_the_fallen(state, "learner", now_s, config)
+    return learner or replace_the_fallen(state, "actor", now_s, config)
 
 
 def _while_evaluating(state: RunState, now_s: float, config: SupervisorConfig) -> Events:
-    open_tasks = _open_tasks(state)
-    if not open_tasks and not any(child.policy for child in state.children.values()):
+    waiting = open_tasks(state)
+    if not waiting and not any(child.policy for child in state.children.values()):
         return (EvaluationFinished(at_s=now_s),)
     idle = [who for who, child in state.of_role("evaluate", Status.READY).items() if not child.policy]
-    if idle and open_tasks:
+    if idle and waiting:
         return tuple(
             EvaluationAssigned(
                 at_s=now_s, role=who.role, index=who.index, incarnation=who.incarnation, policy=policy
             )
-            for who, policy in zip(sorted(idle), open_tasks, strict=False)
+            for who, policy in zip(sorted(idle), waiting, strict=False)
         )
     return replace_the_fallen(state, "evaluate", now_s, config)
 
 
-def _while_stopping(state: RunState, now_s: float, config: SupervisorConfig) -> Events:
-    urgent = state.stop is not None and state.stop.urgent
-    others = {who: child for who, child in state.live.items() if who.role != "learner"}
-    leaving = others or state.live
-    if urgent:
-        leaving = {
-            who: child
-            for who, child in state.live.items()
-            if child.status is not Status.STOPPING or child.kill_at_s > now_s
-        }
-    asked = tuple(
-        _ask(who, now_s, reason=_reason_to_stop(state), kill_at_s=_patience(state, child, now_s, config))
-        for who, child in sorted(leaving.items())
-        if urgent or child.status is not Status.STOPPING
-    )
-    if asked or state.live:
-        return asked
-    return _after_the_last_child(state, now_s)
-
-
-def _patience(state: RunState, child: Child, now_s: float, config: SupervisorConfig) -> float:
-    """Until when a child is asked. One that is not ready yet cannot hear, and has nothing to save."""
-    if (state.stop is not None and state.stop.urgent) or child.status is Status.STARTED:
-        return now_s
-    return now_s + config.stop_timeout_s
-
-
-def _reason_to_stop(state: RunState) -> str:
-    if state.failure:
-        return state.failure
-    if state.stop is not None:
-        return f"stop requested by {state.stop.source}"
-    if state.evaluated:
-        return "evaluation finished"
-    return f"training ended: {state.training_ended.reason}" if state.training_ended else "the run ends"
-
-
-def _after_the_last_child(state: RunState, now_s: float) -> Events:
-    if state.failure:
-        return (RunFinished(at_s=now_s, exit_code=1, outcome="failed", reason=state.failure),)
-    if state.training_started_s is not None and state.checkpoint is None:
-        last = "; ".join(f"{who.name} {why(child)}" for who, child in state.of_role("learner").items())
-        if state.stop is not None and state.stop.urgent:
-            reason = "killed on a second request, before the learner's checkpoint was reported"
-            return (RunFinished(at_s=now_s, exit_code=1, outcome="stopped", reason=reason),)
-        return (RunFailed(at_s=now_s, reason=f"the learner reported no checkpoint ({last})"),)
-    if state.stop is not None:
-        reason = f"stopped by {state.stop.source}"
-        if state.training_started_s is None:
-            reason += " before training began"
-        return (RunFinished(at_s=now_s, exit_code=0, outcome="stopped", reason=reason),)
-    if state.evaluated or not _open_tasks(state):
-        return (RunFinished(at_s=now_s, exit_code=0, outcome="finished", reason="the run is complete"),)
-    workers = min(state.started.evaluation_workers if state.started else 1, len(_open_tasks(state)))
-    return (
-        EvaluationStarted(at_s=now_s),
-        *(schedule(ChildId("evaluate", index, 1), now_s, now_s, attempt=0) for index in range(workers)),
-    )
-
-
 # Small words
+
+
+def _is_wanted(state: RunState, who: ChildId) -> bool:
+    if state.phase is Phase.STOPPING:
+        return who.role == "learner" and is_checkpoint_owed(state)
+    return who.role in WANTED.get(state.phase, ())
+
+
+def _was_last(learner_step: int, config: SupervisorConfig) -> bool:
+    return config.max_updates is not None and learner_step >= config.max_updates
 
 
 def _time_is_up(state: RunState, now_s: float, config: SupervisorConfig) -> bool:
@@ -428,21 +433,3 @@ def _time_is_up(state: RunState, now_s: float, config: SupervisorConfig) -> bool
 def _is(state: RunState, who: ChildId, *statuses: Status) -> bool:
     child = state.children.get(who)
     return child is not None and child.status in statuses
-
-
-def _open_tasks(state: RunState) -> list[str]:
-    """Policies neither measured nor in an evaluator's hands, in the order given at the start."""
-    policies = state.started.evaluation_policies if state.started else ()
-    taken = {child.policy for child in state.children.values()}
-    return [policy for policy in policies if policy not in state.evaluations and policy not in taken]
-
-
-def _ask(who: ChildId, now_s: float, *, reason: str, kill_at_s: float) -> ChildStopRequested:
-    return ChildStopRequested(
-        at_s=now_s,
-        role=who.role,
-        index=who.index,
-        incarnation=who.incarnation,
-        reason=reason,
-        kill_at_s=kill_at_s,
-    )

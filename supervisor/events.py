@@ -9,7 +9,7 @@ Three closed families, all frozen values:
   must do nothing the second time, which is why each names a child and its incarnation.
 
 Every time here is `at_s`: seconds since this supervisor started, on a monotonic clock. The one wall-clock reading is
-`RunStarted.started_unix_s`.
+`RunConfigured.started_unix_s`.
 """
 
 from __future__ import annotations
@@ -23,9 +23,11 @@ from esper_simic.errors import ContractError
 
 Role = Literal["learner", "actor", "evaluate"]
 
-EndOfTraining = Literal["max_seconds", "max_steps", "requested"]
+EndOfTraining = Literal["max_seconds", "max_steps", "max_updates", "requested"]
 
 Outcome = Literal["finished", "stopped", "failed"]
+
+GoesOn = Literal["training", "checkpoint", "evaluation"]
 
 
 class ExitReason(StrEnum):
@@ -72,10 +74,9 @@ class ChildEvent(Event, frozen=True, kw_only=True):
         return ChildId(self.role, self.index, self.incarnation)
 
 
-class RunStarted(Event, frozen=True, kw_only=True):
-    """The first event: all that the run depends on."""
+class RunConfigured(Event, frozen=True, kw_only=True):
+    """What a supervisor's time with a run depends on; it began at `started_unix_s`."""
 
-    run_id: str
     preset: str
     config_text: str
     config: dict[str, Any]
@@ -85,6 +86,23 @@ class RunStarted(Event, frozen=True, kw_only=True):
     num_actors: int
     evaluation_workers: int
     evaluation_policies: tuple[str, ...]
+
+
+class RunStarted(RunConfigured, frozen=True, kw_only=True):
+    """The first event: all that the run depends on."""
+
+    run_id: str
+
+
+class RunResumed(RunConfigured, frozen=True, kw_only=True):
+    """A later supervisor took the run over: every life of a child is over, and limits and clocks begin anew.
+
+    Every `at_s` from here on is seconds since this supervisor started. The configuration is the one that holds now.
+    `goes_on` says with what: a training that had come to the end its limits set is not begun again; then the last
+    checkpoint is still to be made, or the policies are still to be measured.
+    """
+
+    goes_on: GoesOn = "training"
 
 
 class ChildScheduled(ChildEvent, frozen=True, kw_only=True):
@@ -101,7 +119,10 @@ class ChildStarted(ChildEvent, frozen=True, kw_only=True):
 
 
 class ChildReady(ChildEvent, frozen=True, kw_only=True):
-    """The child spoke: imports done, sockets open."""
+    """The child spoke: imports done, sockets open. A learner has recovered, and stands at these counts."""
+
+    learner_step: int = 0
+    environment_steps: int = 0
 
 
 class ChildStopRequested(ChildEvent, frozen=True, kw_only=True):
@@ -195,6 +216,7 @@ class RunFailed(Event, frozen=True, kw_only=True):
     """The run cannot reach its purpose any more; what still runs is to be stopped."""
 
     reason: str
+    exit_code: int = 1
 
 
 class RunFinished(Event, frozen=True, kw_only=True):
@@ -207,6 +229,7 @@ class RunFinished(Event, frozen=True, kw_only=True):
 
 AnyEvent = (
     RunStarted
+    | RunResumed
     | ChildScheduled
     | ChildStarted
     | ChildReady
@@ -231,6 +254,7 @@ EVENTS: Final[dict[str, type[AnyEvent]]] = {
     kind.__name__: kind
     for kind in (
         RunStarted,
+        RunResumed,
         ChildScheduled,
         ChildStarted,
         ChildReady,
@@ -281,7 +305,7 @@ class Input(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RunBegun(Input, frozen=True, kw_only=True):
-    """The shell stands on an empty journal and wants the run to begin with these facts."""
+    """The shell has the run directory and wants the run to begin with these facts, or to go on under them."""
 
     run_id: str
     preset: str
@@ -305,6 +329,8 @@ class ChildSaidReady(Input, frozen=True, kw_only=True):
 
     child: ChildId
     pid: int
+    learner_step: int = 0
+    environment_steps: int = 0
 
 
 class ChildGone(Input, frozen=True, kw_only=True):

@@ -7,13 +7,18 @@ plain `OSError`: the organ that called knows what it means.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
+import threading
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Final, Self
 
 from esper_simic.errors import UnavailableError
+
+DISK_FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
+"""Errors that say there is no room."""
 
 
 def write_atomically(path: Path, data: bytes | bytearray | memoryview) -> None:
@@ -60,6 +65,68 @@ def free_bytes(path: Path) -> int:
     """Bytes that an unprivileged process may still write on the file system of `path`."""
     facts = os.statvfs(path)
     return facts.f_bavail * facts.f_frsize
+
+
+class Reserve:
+    """Room on the disk kept back for last words: a file of that size, given up when the disk is full.
+
+    It says nothing about the room that is left when it is given up: others may write on the same disk.
+
+    Args:
+        path: The file; its directory must exist.
+        reserved_bytes: How much; 0 keeps nothing, and is always held.
+    """
+
+    def __init__(self, path: Path, reserved_bytes: int) -> None:
+        self.path = path
+        self._bytes = reserved_bytes
+        self._lock = threading.Lock()  # one thread gives up what another holds
+
+    @property
+    def is_held(self) -> bool:
+        """Whether the room is kept back now."""
+        if self._bytes == 0:
+            return True
+        try:
+            return self.path.stat().st_size == self._bytes
+        except FileNotFoundError:
+            return False
+
+    def hold(self) -> bool:
+        """Keep the room back; whether it is kept now.
+
+        Not before the disk has twice the room: who begins to work again when he holds it must not meet the full disk
+        at once.
+
+        Raises:
+            OSError: The disk refused for another reason than being full.
+        """
+        with self._lock:
+            if self.is_held:
+                return True
+            self.path.unlink(missing_ok=True)
+            if free_bytes(self.path.parent) < 2 * self._bytes:
+                return False
+            descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            try:
+                os.posix_fallocate(descriptor, 0, self._bytes)
+            except OSError as error:
+                self.path.unlink(missing_ok=True)
+                if error.errno in DISK_FULL:
+                    return False
+                raise
+            finally:
+                os.close(descriptor)
+            return True
+
+    def give_up(self) -> bool:
+        """Give the room back to the disk; whether there was any."""
+        with self._lock:
+            try:
+                self.path.unlink()
+            except FileNotFoundError:
+                return False
+            return self._bytes > 0
 
 
 class FileLock:

@@ -3,6 +3,9 @@
 One writer, in the supervisor. Values come from the learner's progress reports; a report that brings no new
 environment step writes nothing, so x only grows. TensorBoard's writer buffers; what it holds reaches the file within
 `FLUSH_INTERVAL_S`, and at `close`.
+
+A run that is resumed gets another file beside the earlier ones. Its first event (`SessionLog.START`) tells readers from
+which step on it counts: what the files before it hold from there on was drawn of updates that a crash took back.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
-from tensorboard.compat.proto.event_pb2 import Event  # type: ignore[import-untyped]
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # type: ignore[import-untyped]
 from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
 from tensorboard.summary.writer.event_file_writer import EventFileWriter  # type: ignore[import-untyped]
 
@@ -72,14 +75,22 @@ class TensorBoardWriter:
         """
         if environment_steps <= self._last_step:
             return
+        is_first = self._last_step < 0
         self._last_step = environment_steps
         values = [
             Summary.Value(tag=TAGS[name], simple_value=value)
             for name, value in metrics.items()
             if name in TAGS
         ]
+        begun = Event(
+            wall_time=wall_time_s,
+            step=environment_steps,
+            session_log=SessionLog(status=SessionLog.START),
+        )
         event = Event(wall_time=wall_time_s, step=environment_steps, summary=Summary(value=values))
         try:
+            if is_first:
+                self._writer.add_event(begun)
             self._writer.add_event(event)
         except OSError as error:
             raise self._unavailable(error) from error

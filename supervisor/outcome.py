@@ -9,9 +9,10 @@ from pathlib import Path
 
 import msgspec
 
-from esper_simic.errors import UnavailableError
+from esper_simic.errors import ConfigError, ContractError, UnavailableError
 from supervisor.events import CheckpointReported, Outcome, PolicyEvaluated, from_journal
-from supervisor.journal import read
+from supervisor.journal import JournalDamage, read
+from supervisor.journal.format import SegmentCursor, segment_paths
 from supervisor.state import RunState, apply
 
 
@@ -30,7 +31,8 @@ def fold_journal(run_dir: Path) -> RunState:
     """Give the state that a run's supervisor journal tells of; the empty one when there is no journal yet.
 
     Raises:
-        ContractError: The journal is damaged or from another program.
+        ContractError: The journal is from another program.
+        JournalDamage: It is damaged.
     """
     state = RunState()
     directory = run_dir / "journal" / "supervisor"
@@ -38,6 +40,35 @@ def fold_journal(run_dir: Path) -> RunState:
         for record in read(directory):
             state = apply(state, from_journal(record.kind, record.header))
     return state
+
+
+def past_of(run_dir: Path) -> RunState:
+    """The state in which a run was left, for a supervisor that goes on with it.
+
+    Raises:
+        ConfigError: Its journal is damaged or from another program: only a person can decide what to do.
+    """
+    try:
+        return fold_journal(run_dir)
+    except (ContractError, JournalDamage) as error:
+        raise ConfigError(
+            f"{error}. The run cannot go on: restore {run_dir / 'journal' / 'supervisor'} from a copy, use the version "
+            f"that wrote it, or begin anew in another --run-dir"
+        ) from error
+
+
+def run_id_of(run_dir: Path) -> str | None:
+    """The run whose journal a directory holds, even if its supervisor died before the first event; None without one.
+
+    Raises:
+        JournalDamage: The journal's first bytes are not what was written.
+    """
+    directory = run_dir / "journal" / "supervisor"
+    paths = segment_paths(directory) if directory.is_dir() else []
+    if not paths:
+        return None
+    with SegmentCursor(paths[0]) as cursor:
+        return cursor.header.run_id
 
 
 def outcome_of(state: RunState) -> RunOutcome:

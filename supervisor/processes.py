@@ -63,6 +63,9 @@ CLOSE_CONFIRM_S: Final = 10.0
 LAUNCH_TIMEOUT_S: Final = 120.0
 """A fork server that has not answered for so long is killed; the request fails and the next one starts another."""
 
+COMPLAINT: Final = "configuration: "
+"""How the line begins in which a child says what only a person can mend."""
+
 TAIL_LINES: Final = 12
 TAIL_BYTES: Final = 4096
 
@@ -287,7 +290,11 @@ class LocalPlacement:
         self._oom_kills = _oom_kills()
         os.close(entry.pidfd)
         del self._live[who]
-        return Gone(who, reason, detail if reason is ExitReason.CLEAN else detail + self._words(who))
+        if reason is ExitReason.CLEAN:
+            return Gone(who, reason, detail)
+        if reason is ExitReason.CONFIGURATION:
+            return Gone(who, reason, self._complaint(who) or detail + self._words(who))
+        return Gone(who, reason, detail + self._words(who))
 
     def _send(self, who: ChildId, number: signal.Signals) -> None:
         entry = self._live.get(who)
@@ -298,6 +305,13 @@ class LocalPlacement:
     def _words(self, who: ChildId) -> str:
         path = child.log_path(self._run_dir, who)
         return f"; log: {path}{self._tail(path, self._offsets[who])}"
+
+    def _complaint(self, who: ChildId) -> str:
+        """What a child said that only a person can mend, with the remedy; empty if it did not."""
+        path = child.log_path(self._run_dir, who)
+        lines = [line.strip() for line in self._tail(path, self._offsets[who]).splitlines()]
+        said = [line for line in lines if line.startswith(COMPLAINT)]
+        return f"{said[-1].removeprefix(COMPLAINT)}; log: {path}" if said else ""
 
     @staticmethod
     def _tail(path: Path, offset_bytes: int) -> str:

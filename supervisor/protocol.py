@@ -39,9 +39,11 @@ class FromChild(Message, frozen=True, kw_only=True):
 
 
 class Ready(FromChild, frozen=True, kw_only=True):
-    """Imports are done and sockets are open."""
+    """Imports are done and sockets are open; a learner has recovered, and says where it stands."""
 
     pid: int
+    learner_step: int = 0
+    environment_steps: int = 0
 
 
 class Progress(FromChild, frozen=True, kw_only=True):
@@ -139,22 +141,37 @@ class CommandReply(Message, frozen=True, kw_only=True):
 
 
 class Hello(Message, frozen=True, kw_only=True):
-    """An actor's first words to the learner; the learner answers with `Welcome`, then with the actor's credits."""
+    """An actor's words to a learner that may not know it; the learner answers with `Welcome`, then with credits.
+
+    `unacknowledged` are the sequences sent and not answered. Said again to a learner that knows this life, it is
+    answered by the same `Welcome` and moves no credits.
+    """
 
     actor: int
     incarnation: int
+    unacknowledged: tuple[int, ...] = ()
 
 
 class Welcome(Message, frozen=True, kw_only=True):
-    """The number of the episode with which each lane of the actor begins: the first one its journal has not seen."""
+    """What the learner's journal knows of an actor.
 
+    `learner` is the learner's incarnation: under a new one the actor's credits begin anew, what is `settled` (the
+    newest sequence of this very life that was answered, 0 for none) needs no answer any more, and all that it sent
+    after it is to be sent again. `first_episodes` are the numbers of the episodes with which the lanes of a new life
+    begin. `unrolls` of this actor stand in the journal; in lockstep a new life re-simulates them.
+    """
+
+    learner: int
     first_episodes: list[int]
+    settled: int = 0
+    unrolls: int = 0
 
 
 class Unroll(Message, frozen=True, kw_only=True):
     """`steps` steps of `lanes` lanes, made by one policy version.
 
-    `sequence` counts from 1 in each incarnation; `episode_numbers` are the lanes' current episodes.
+    `sequence` counts from 1 in each incarnation, in lockstep over all of them; `episode_numbers` are the lanes' current
+    episodes. In lockstep the recurrent state after the last step follows the frames, `[lanes, state]` float32.
     """
 
     actor: int

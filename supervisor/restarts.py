@@ -3,6 +3,10 @@
 A child may be restarted `max_restarts` times within `restart_window_s`; each restart within the window waits twice as
 long as the one before, up to a bound. One death more and the child is given up; when no child of its role is left, the
 run has failed and says what the last ones died of.
+
+Two kinds of deaths count however far apart they are, because a life may well last longer than the window and come to
+nothing: those of lives that never became ready, and those while the run stops, where a learner has one thing left to
+do. A child that ends with status 78 asks for a person: it would end so again, and the run ends with it.
 """
 
 from __future__ import annotations
@@ -10,8 +14,16 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from esper_simic.config import SupervisorConfig
-from supervisor.events import AnyEvent, ChildGivenUp, ChildId, ChildScheduled, Role, RunFailed
-from supervisor.state import LIVE, Child, RunState, Status
+from supervisor.events import (
+    AnyEvent,
+    ChildGivenUp,
+    ChildId,
+    ChildScheduled,
+    ExitReason,
+    Role,
+    RunFailed,
+)
+from supervisor.state import LIVE, Child, Phase, RunState, Status
 
 
 def replace_the_fallen(
@@ -32,19 +44,37 @@ def replace_the_fallen(
     return ()
 
 
+def needs_a_person(state: RunState, now_s: float) -> tuple[AnyEvent, ...]:
+    """Fail the run, if it has not failed yet, because a child found what only a person can mend."""
+    if state.failure:
+        return ()
+    for who, child in sorted(state.children.items()):
+        if child.exit_reason is ExitReason.CONFIGURATION:
+            return (RunFailed(at_s=now_s, reason=f"{who.name} cannot go on: {why(child)}", exit_code=78),)
+    return ()
+
+
 def _next_life(
     state: RunState, who: ChildId, child: Child, now_s: float, config: SupervisorConfig
 ) -> AnyEvent:
-    recent = [
-        at for at in state.restarts_s.get((who.role, who.index), ()) if now_s - at < config.restart_window_s
-    ]
-    if len(recent) >= config.max_restarts:
-        reason = f"{len(recent)} restarts within {config.restart_window_s:g} s; the last end: {why(child)}"
-        return ChildGivenUp(
-            at_s=now_s, role=who.role, index=who.index, incarnation=who.incarnation, reason=reason
-        )
-    next_life = ChildId(who.role, who.index, who.incarnation + 1)
-    return schedule(next_life, now_s, now_s + backoff_s(len(recent), config), attempt=len(recent) + 1)
+    key = (who.role, who.index)
+    since_s = now_s - config.restart_window_s
+    if state.phase is Phase.STOPPING:
+        since_s = min(since_s, state.phase_since_s)
+    recent = sum(at_s > since_s for at_s in state.restarts_s.get(key, ()))
+    fruitless = state.fruitless.get(key, 0)
+    if recent < config.max_restarts and fruitless <= config.max_restarts:
+        next_life = state.next_life(who.role, who.index)
+        return schedule(next_life, now_s, now_s + backoff_s(recent, config), attempt=recent + 1)
+    within = f"{recent} restarts within {now_s - since_s:g} s"
+    reason = f"{within if recent >= config.max_restarts else f'{fruitless} lives in a row were never ready'}"
+    return ChildGivenUp(
+        at_s=now_s,
+        role=who.role,
+        index=who.index,
+        incarnation=who.incarnation,
+        reason=f"{reason}; the last end: {why(child)}",
+    )
 
 
 def backoff_s(restarts: int, config: SupervisorConfig) -> float:

@@ -1,78 +1,27 @@
-"""The one loop: observe, decide, persist, apply, then tell.
-
-Everything that can happen comes in through one poll: messages, deaths and starts of children, signals. Each becomes an
-input; `decide` says what follows; the events are appended and synced before the state changes and before anybody
-hears of them; `plan` says what is owed, and the organs carry it out. No branch here judges: what to do when something
-dies, hangs or ends is in `decide`, which is tested without a process.
-
-What the loop itself keeps is volatile: who said what last (`vitals`), memory, and which debts were already carried
-out, so that a stop is not asked for ten times a second.
-"""
+"""A run in a run directory: taken, begun or gone on with, and left in order."""
 
 from __future__ import annotations
 
 import contextlib
-import os
-import uuid
-from collections.abc import Callable, Mapping
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Final, Self
-
-import msgspec
+from typing import Final
 
 from esper_simic.config import Config
-from esper_simic.errors import BudgetExceeded, ConfigError, UnavailableError
+from esper_simic.errors import UnavailableError
 from supervisor import files
-from supervisor.bus import Poller, Received, Server, ipc_endpoint, runtime_directory
-from supervisor.child import ChildSpec
+from supervisor.bus import runtime_directory
 from supervisor.clock import Clock
-from supervisor.decide import decide, plan
 from supervisor.events import (
-    AnyEffect,
-    AnyInput,
-    AskStop,
-    ChildGone,
-    ChildId,
-    ChildSaidReady,
-    ChildSpawned,
-    CommandReceived,
-    DumpStacks,
-    EvaluationHeard,
-    KillChild,
-    LearnerReported,
-    ProgressHeard,
     Role,
-    RunBegun,
-    SendEvaluationTask,
-    SignalReceived,
-    StartChild,
-    Tick,
 )
-from supervisor.journal import Journal
-from supervisor.memory import resident_bytes
-from supervisor.notify import Notifier
-from supervisor.outcome import RunOutcome, fold_journal, outcome_of
-from supervisor.processes import LocalPlacement, Placement, Spawned
-from supervisor.protocol import (
-    ACCEPTS,
-    Command,
-    CommandReply,
-    Evaluate,
-    Evaluated,
-    FromChild,
-    Message,
-    Noted,
-    Progress,
-    Ready,
-    StatusReply,
-    StatusRequest,
-    Stop,
-    Stopped,
-)
-from supervisor.signals import SignalInbox, signal_inbox
-from supervisor.state import TERMINAL, Phase, RunState, apply, check
-from supervisor.vitals import Snapshot, Vitals
+from supervisor.loop import Observer, RunFacts, Supervisor
+from supervisor.outcome import RunOutcome, outcome_of, past_of
+from supervisor.processes import LocalPlacement
+from supervisor.resume import check_resumable
+from supervisor.signals import signal_inbox
+from supervisor.state import Phase
 
 ROLES: Final[dict[Role, str]] = {
     "learner": "supervisor.roles.learner:main",
@@ -83,30 +32,6 @@ ROLES: Final[dict[Role, str]] = {
 
 PRELOAD: Final = ("supervisor.roles.actor", "supervisor.roles.evaluate")
 """What the fork server imports once for all its children."""
-
-TICK_S: Final = 0.1
-"""Longest wait of the loop; deadlines are kept to within it."""
-
-OBSERVE_INTERVAL_S: Final = 0.5
-MEMORY_INTERVAL_S: Final = 1.0
-PATIENCE_INTERVAL_S: Final = 5.0
-"""How often the service manager is asked for patience; each time for six times as long."""
-
-Observer = Callable[[Snapshot], None]
-
-
-class RunFacts(msgspec.Struct, frozen=True, kw_only=True):
-    """What is written down about a run before anything happens.
-
-    `fingerprint` and `versions` say on what its numbers depend, as far as it is known without importing the heavy
-    libraries; the learner's journal completes the fingerprint. `evaluation_policies` are measured in this order.
-    """
-
-    preset: str
-    config_text: str
-    evaluation_policies: tuple[str, ...]
-    fingerprint: dict[str, str] = {}
-    versions: dict[str, str] = {}
 
 
 def run(
@@ -121,7 +46,8 @@ def run(
 ) -> RunOutcome:
     """Train and evaluate in a run directory; returns when no child is left.
 
-    A directory with a finished run gives its outcome again. Must be called in the main thread.
+    A directory with a finished run gives its outcome again; any other run in it goes on, however it ended. Must be
+    called in the main thread.
 
     Args:
         run_dir: Made if missing; one supervisor at a time.
@@ -133,29 +59,30 @@ def run(
         preload: Modules the fork server imports.
 
     Raises:
-        UnavailableError: Another supervisor holds the directory, or a socket or process cannot be made.
-        ConfigError: The directory holds an unfinished run.
+        UnavailableError: Another supervisor holds the directory, it cannot be written, or a socket or process cannot
+            be made.
+        ConfigError: The directory holds a run that cannot go on, or not under this configuration.
     """
     run_dir = run_dir.resolve()
-    run_dir.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(files.exclusive_lock(run_dir / "lock"))
-        past = fold_journal(run_dir)
-        if past.finished is not None:
+        stack.enter_context(_locked(run_dir))
+        past = past_of(run_dir)
+        if past.phase is Phase.FINISHED:
             return outcome_of(past)
-        if past.phase is not Phase.EMPTY:
-            raise ConfigError(
-                f"{run_dir} holds run {past.started.run_id if past.started else '?'}, which did not finish "
-                f"({past.phase}); this version cannot resume it: choose another --run-dir"
-            )
-        # First of all the slow things: the fork server imports while the rest is prepared.
-        placement = stack.enter_context(LocalPlacement(run_dir, roles or ROLES, preload=preload))
+        if past.started is not None:
+            check_resumable(past.started.config, config)
+        _forget_temporary_files(run_dir)
+        stack.callback(_forget_temporary_files, run_dir)
+        # Around everything that has to be cleaned up: an impatient second signal must not interrupt that.
         inbox = stack.enter_context(signal_inbox())
+        # First of the slow things: the fork server imports while the rest is prepared.
+        placement = stack.enter_context(LocalPlacement(run_dir, roles or ROLES, preload=preload))
         sockets = stack.enter_context(runtime_directory())
         supervisor = stack.enter_context(
             Supervisor(
                 run_dir,
                 config,
+                past,
                 clock=clock,
                 placement=placement,
                 inbox=inbox,
@@ -166,293 +93,17 @@ def run(
         return supervisor.run(facts)
 
 
-class Supervisor:
-    """The loop and its organs, for one invocation."""
+def _locked(run_dir: Path) -> files.FileLock:
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        return files.exclusive_lock(run_dir / "lock")
+    except OSError as error:
+        raise UnavailableError(
+            f"cannot take the run directory {run_dir}: {error}. Make it and its file 'lock' writable, or use another "
+            f"--run-dir"
+        ) from error
 
-    def __init__(
-        self,
-        run_dir: Path,
-        config: Config,
-        *,
-        clock: Clock,
-        placement: Placement,
-        inbox: SignalInbox,
-        sockets: Path,
-        observer: Observer | None,
-    ) -> None:
-        self._run_dir, self._config, self._clock = run_dir, config, clock
-        self._limits = config.supervisor
-        self._placement, self._inbox, self._observer = placement, inbox, observer
-        self._began_s = clock.monotonic_s()
-        self._run_id = uuid.uuid4().hex[:12]
-        self._endpoints = {name: ipc_endpoint(sockets, name) for name in ("control", "experience")}
-        self._state = RunState()
-        self._vitals = Vitals()
-        self._carried_out: set[AnyEffect] = set()
-        self._memory_bytes: dict[int, int] = {}
-        self._due_s: dict[str, float] = {}
-        self._position = -1
-        self._config_text = ""
-        self._organs = contextlib.ExitStack()
-        self._notifier = self._organs.enter_context(Notifier(os.environ))
-        self._server = self._organs.enter_context(
-            Server(
-                self._endpoints["control"],
-                run_id=self._run_id,
-                accepts=ACCEPTS["control"],
-                frame_bytes_max=self._limits.frame_bytes_max,
-            )
-        )
-        self._journal = self._organs.enter_context(
-            Journal(run_dir / "journal" / "supervisor", owner="supervisor", run_id=self._run_id)
-        )
-        self._poller = Poller()
-        self._poller.add(self._server)
-        self._poller.add(inbox.descriptor)
-        self._watched: frozenset[int] = frozenset()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        (self._run_dir / "supervisor.json").unlink(missing_ok=True)
-        self._organs.close()
-
-    @property
-    def now_s(self) -> float:
-        """Seconds since this supervisor started."""
-        return self._clock.monotonic_s() - self._began_s
-
-    def run(self, facts: RunFacts) -> RunOutcome:
-        """Run to the end."""
-        self._config_text = facts.config_text
-        address = {"pid": os.getpid(), "run_id": self._run_id, "endpoint": self._endpoints["control"]}
-        files.write_atomically(self._run_dir / "supervisor.json", msgspec.json.encode(address))
-        self._take(
-            RunBegun(
-                run_id=self._run_id,
-                preset=facts.preset,
-                config_text=facts.config_text,
-                config=self._config.model_dump(mode="json"),
-                fingerprint=facts.fingerprint,
-                versions=facts.versions,
-                started_unix_s=self._clock.now_s(),
-                evaluation_policies=facts.evaluation_policies,
-            )
-        )
-        while self._state.phase not in TERMINAL:
-            self._carry_out()
-            self._wait()
-            # Starts before messages: a child's READY presupposes its start.
-            self._hear_of_processes()
-            self._hear_signals()
-            self._hear_messages()
-            self._take(Tick(progressed_at_s=self._vitals.progressed_at_s()))
-            self._tell_observers()
-        self._notifier.stopping()
-        self._observe()
-        return outcome_of(self._state)
-
-    def _take(self, observed: AnyInput) -> None:
-        """Decide, persist, apply. Nobody hears of an event before it is synced."""
-        events = decide(self._state, observed, self.now_s, self._limits)
-        for event in events:
-            self._position = self._journal.append(type(event).__name__, event)
-        if events:
-            self._journal.sync()
-        for event in events:
-            before = self._state.phase
-            self._state = apply(self._state, event)
-            check(self._state)
-            self._entered(before)
-
-    def _entered(self, before: Phase) -> None:
-        """Tell the service manager about a new phase."""
-        phase = self._state.phase
-        if phase is before:
-            return
-        if phase is Phase.TRAINING:
-            self._notifier.ready()
-        if phase is Phase.STOPPING and (self._state.stop is not None or self._state.failure):
-            self._notifier.stopping()
-
-    # What is owed
-
-    def _carry_out(self) -> None:
-        owed = plan(self._state, self.now_s, self._limits)
-        self._carried_out.intersection_update(owed)
-        for effect in owed:
-            if effect not in self._carried_out and self._done(effect):
-                self._carried_out.add(effect)
-
-    def _done(self, effect: AnyEffect) -> bool:
-        """Carry out one effect; whether that succeeded, else it stays owed and is tried again."""
-        match effect:
-            case StartChild():
-                self._placement.start(self._spec(effect.child))
-                return True
-            case DumpStacks():
-                self._placement.dump_stacks(effect.child)
-                return True
-            case KillChild():
-                self._placement.kill(effect.child)
-                return True
-            case AskStop():
-                return self._sent(effect.child, Stop(reason=effect.reason))
-            case SendEvaluationTask():
-                checkpoint = self._state.checkpoint.path if self._state.checkpoint else ""
-                episodes = self._limits.evaluation_episodes
-                task = Evaluate(policy=effect.policy, episodes=episodes, checkpoint=checkpoint)
-                return self._sent(effect.child, task)
-
-    def _spec(self, who: ChildId) -> ChildSpec:
-        return ChildSpec(
-            who=who,
-            run_id=self._run_id,
-            run_dir=str(self._run_dir),
-            endpoints=self._endpoints,
-            config_text=self._config_text,
-            checkpoint=self._state.checkpoint.path if self._state.checkpoint else "",
-        )
-
-    def _sent(self, who: ChildId, message: Message) -> bool:
-        return self._send(f"{who.name}-{who.incarnation}", message)
-
-    def _send(self, peer: str, message: Message) -> bool:
-        """Send; false when the peer is not there or does not take it, which its end or its clock will settle."""
-        try:
-            self._server.send(peer, message)
-        except (UnavailableError, BudgetExceeded):
-            return False
-        return True
-
-    # What is observed
-
-    def _wait(self) -> None:
-        watched = self._placement.descriptors
-        for descriptor in watched - self._watched:
-            self._poller.add(descriptor)
-        for descriptor in self._watched - watched:
-            self._poller.remove(descriptor)
-        self._watched = watched
-        self._poller.wait(TICK_S * 1000)
-
-    def _hear_of_processes(self) -> None:
-        for news in self._placement.collect():
-            if isinstance(news, Spawned):
-                self._take(ChildSpawned(child=news.who, pid=news.pid))
-            else:
-                self._take(ChildGone(child=news.who, reason=news.reason, detail=news.detail))
-                self._vitals.forget(news.who)
-
-    def _hear_signals(self) -> None:
-        for number in self._inbox.take():
-            self._take(SignalReceived(name=number.name))
-
-    def _hear_messages(self) -> None:
-        while (heard := self._server.receive()) is not None:
-            if not isinstance(heard, Received):
-                continue
-            message = heard.message
-            if isinstance(message, FromChild):
-                self._hear_child(heard.peer, message)
-            elif isinstance(message, Command):
-                self._answer(heard.peer, message)
-            elif isinstance(message, StatusRequest):
-                self._send(heard.peer, StatusReply(snapshot=msgspec.to_builtins(self.snapshot())))
-
-    def _hear_child(self, peer: str, message: FromChild) -> None:
-        who = ChildId(message.role, message.index, message.incarnation)
-        match message:
-            case Ready():
-                self._take(ChildSaidReady(child=who, pid=message.pid))
-            case Progress():
-                self._vitals.heard(message, self.now_s)
-                steps = message.environment_steps
-                self._take(
-                    ProgressHeard(child=who, learner_step=message.learner_step, environment_steps=steps)
-                )
-            case Stopped():
-                self._hear_last_words(who, message)
-                self._send(peer, Noted(of="Stopped"))
-            case Evaluated():
-                self._take(
-                    EvaluationHeard(
-                        child=who,
-                        policy=message.policy,
-                        returns=message.returns,
-                        accuracies=message.accuracies,
-                        parameters=message.parameters,
-                        summary=message.summary,
-                    )
-                )
-                self._send(peer, Noted(of="Evaluated"))
-            case _:
-                pass
-
-    def _hear_last_words(self, who: ChildId, message: Stopped) -> None:
-        checkpoint = message.checkpoint
-        if checkpoint is not None:
-            self._take(
-                LearnerReported(
-                    child=who,
-                    path=checkpoint.path,
-                    learner_step=checkpoint.learner_step,
-                    environment_steps=checkpoint.environment_steps,
-                    digest=checkpoint.digest,
-                )
-            )
-
-    def _answer(self, peer: str, command: Command) -> None:
-        self._take(CommandReceived(command_id=command.command_id, name=command.name))
-        refusal = self._state.commands.get(command.command_id, "the run is over")
-        self._send(
-            peer,
-            CommandReply(
-                command_id=command.command_id, accepted=not refusal, reason=refusal, position=self._position
-            ),
-        )
-
-    # What others see
-
-    def snapshot(self) -> Snapshot:
-        """The run at this moment."""
-        return self._vitals.snapshot(
-            self._state,
-            now_s=self.now_s,
-            run_dir=str(self._run_dir),
-            config=self._limits,
-            memory_bytes=self._memory_bytes,
-            refused=self._server.refused,
-        )
-
-    def _tell_observers(self) -> None:
-        if self._due("memory", MEMORY_INTERVAL_S):
-            pids = [child.pid for child in self._state.live.values()]
-            self._memory_bytes = {pid: resident_bytes(pid) for pid in pids}
-        if self._due("observe", OBSERVE_INTERVAL_S):
-            self._observe()
-        watchdog_s = self._notifier.watchdog_interval_s
-        if watchdog_s is not None and self._due("watchdog", watchdog_s):
-            self._notifier.alive()
-        if self._state.phase in (Phase.STARTING, Phase.STOPPING) and self._due(
-            "patience", PATIENCE_INTERVAL_S
-        ):
-            self._notifier.extend_timeout(6 * PATIENCE_INTERVAL_S)
-
-    def _observe(self) -> None:
-        snapshot = self.snapshot()
-        self._notifier.status(
-            f"{snapshot.state}: learner step {snapshot.learner.step}, {snapshot.environment.steps} environment steps"
-        )
-        if self._observer is not None:
-            self._observer(snapshot)
-
-    def _due(self, what: str, interval_s: float) -> bool:
-        now_s = self.now_s
-        if now_s < self._due_s.get(what, 0.0):
-            return False
-        self._due_s[what] = now_s + interval_s
-        return True
+def _forget_temporary_files(run_dir: Path) -> None:
+    """Remove what children left in their temporary directory; what cannot be removed now is tried again next time."""
+    shutil.rmtree(run_dir / "tmp", ignore_errors=True)

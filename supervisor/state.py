@@ -7,7 +7,7 @@ whether the result contradicts itself. Both are tables and copies, nothing else.
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Final, assert_never
+from typing import Any, Final, assert_never
 
 import msgspec
 
@@ -28,10 +28,13 @@ from supervisor.events import (
     EvaluationAssigned,
     EvaluationFinished,
     EvaluationStarted,
+    ExitReason,
     PolicyEvaluated,
     Role,
+    RunConfigured,
     RunFailed,
     RunFinished,
+    RunResumed,
     RunStarted,
     StopRequested,
     TrainingEnded,
@@ -89,7 +92,7 @@ class Child(msgspec.Struct, frozen=True, kw_only=True):
     """One life of one child.
 
     `since_s` is when the status began; `kill_at_s` has a meaning only while STOPPING, `start_at_s` only while
-    SCHEDULED. `policy` is what an evaluator is measuring.
+    SCHEDULED. `policy` is what an evaluator is measuring. `was_ready` outlasts the status.
     """
 
     status: Status
@@ -101,20 +104,37 @@ class Child(msgspec.Struct, frozen=True, kw_only=True):
     reason: str = ""
     detail: str = ""
     policy: str = ""
+    was_ready: bool = False
+    exit_reason: ExitReason | None = None
 
 
 class RunState(msgspec.Struct, frozen=True, kw_only=True):
-    """All that the supervisor decides from. A missing time is None."""
+    """All that the supervisor decides from. A missing time is None.
+
+    `incarnations` are the newest lives there ever were, `incarnations_before` those when this supervisor took over.
+    `fruitless` counts the lives of a child in a row that ended before they were ready. `updates_before` and
+    `steps_before` (of environments) are what the learner had done when it first became ready under this supervisor,
+    `learner_step` where it stood when it last did.
+    """
 
     phase: Phase = Phase.EMPTY
+    phase_since_s: float = 0.0
     started: RunStarted | None = None
     children: dict[ChildId, Child] = {}
+    incarnations: dict[tuple[Role, int], int] = {}
+    incarnations_before: dict[tuple[Role, int], int] = {}
     restarts_s: dict[tuple[Role, int], tuple[float, ...]] = {}
+    fruitless: dict[tuple[Role, int], int] = {}
     given_up: dict[tuple[Role, int], str] = {}
     training_started_s: float | None = None
     training_ended: TrainingEnded | None = None
     stop: StopRequested | None = None
     failure: str = ""
+    failure_code: int = 1
+    resumes: int = 0
+    updates_before: int | None = None
+    steps_before: int | None = None
+    learner_step: int = 0
     checkpoint: CheckpointReported | None = None
     evaluations: dict[str, PolicyEvaluated] = {}
     evaluated: bool = False
@@ -134,17 +154,23 @@ class RunState(msgspec.Struct, frozen=True, kw_only=True):
         """The lives that have a process."""
         return {who: child for who, child in self.children.items() if child.status in LIVE}
 
+    def next_life(self, role: Role, index: int) -> ChildId:
+        """The child's next life; none is ever used twice in a run."""
+        return ChildId(role, index, self.incarnations.get((role, index), 0) + 1)
+
 
 def apply(state: RunState, event: AnyEvent) -> RunState:  # noqa: C901, PLR0911, PLR0912 (a table, closed)
     """Fold one event into the state. Total: no event is refused."""
     moved = NEXT_PHASE.get((state.phase, type(event)))
     if moved is not None:
-        state = msgspec.structs.replace(state, phase=moved)
+        state = msgspec.structs.replace(state, phase=moved, phase_since_s=event.at_s)
     if isinstance(event, ChildEvent):
         return _apply_to_child(state, event)
     match event:
         case RunStarted():
             return msgspec.structs.replace(state, started=event)
+        case RunResumed():
+            return _resumed(state, event)
         case TrainingStarted():
             return msgspec.structs.replace(state, training_started_s=event.at_s)
         case TrainingEnded():
@@ -162,9 +188,13 @@ def apply(state: RunState, event: AnyEvent) -> RunState:  # noqa: C901, PLR0911,
         case EvaluationFinished():
             return msgspec.structs.replace(state, evaluated=True)
         case RunFailed():
-            return msgspec.structs.replace(state, failure=state.failure or event.reason)
+            if state.failure:
+                return state
+            return msgspec.structs.replace(state, failure=event.reason, failure_code=event.exit_code)
         case RunFinished():
-            return msgspec.structs.replace(state, phase=Phase(event.outcome), finished=event)
+            return msgspec.structs.replace(
+                state, phase=Phase(event.outcome), phase_since_s=event.at_s, finished=event
+            )
         case _:
             assert_never(event)
 
@@ -204,7 +234,29 @@ def _apply_to_child(state: RunState, event: ChildEvent) -> RunState:
         return _scheduled(state, event)
     child = state.children.get(who, Child(status=Status.SCHEDULED, since_s=event.at_s))
     children = {**state.children, who: _next_child(child, event)}
-    return msgspec.structs.replace(state, children=children)
+    if isinstance(event, ChildReady) and event.role == "learner":
+        state = _stands(state, event)
+    return msgspec.structs.replace(state, children=children, fruitless=_fruitless(state, child, event))
+
+
+def _stands(state: RunState, ready: ChildReady) -> RunState:
+    """Where the learner stands now, and, if nobody knows yet, where it stood at first."""
+    if state.steps_before is None:
+        state = msgspec.structs.replace(
+            state, updates_before=ready.learner_step, steps_before=ready.environment_steps
+        )
+    return msgspec.structs.replace(state, learner_step=ready.learner_step)
+
+
+def _fruitless(state: RunState, child: Child, event: ChildEvent) -> dict[tuple[Role, int], int]:
+    key = (event.role, event.index)
+    match event:
+        case ChildReady():
+            return {**state.fruitless, key: 0}
+        case ChildExited() | ChildAbandoned() if not child.was_ready:
+            return {**state.fruitless, key: state.fruitless.get(key, 0) + 1}
+        case _:
+            return state.fruitless
 
 
 def _next_child(child: Child, event: ChildEvent) -> Child:  # noqa: PLR0911 (a table)
@@ -213,7 +265,7 @@ def _next_child(child: Child, event: ChildEvent) -> Child:  # noqa: PLR0911 (a t
         case ChildStarted():
             return replace(child, status=Status.STARTED, since_s=event.at_s, pid=event.pid)
         case ChildReady():
-            return replace(child, status=Status.READY, since_s=event.at_s)
+            return replace(child, status=Status.READY, since_s=event.at_s, was_ready=True)
         case ChildStopRequested():
             kill_at_s = event.kill_at_s
             if child.status is Status.STOPPING:
@@ -223,7 +275,14 @@ def _next_child(child: Child, event: ChildEvent) -> Child:  # noqa: PLR0911 (a t
             )
         case ChildExited():
             detail = f"{event.reason}: {event.detail}" if event.detail else str(event.reason)
-            return replace(child, status=Status.EXITED, since_s=event.at_s, detail=detail, policy="")
+            return replace(
+                child,
+                status=Status.EXITED,
+                since_s=event.at_s,
+                detail=detail,
+                policy="",
+                exit_reason=event.reason,
+            )
         case ChildAbandoned():
             return replace(child, status=Status.ABANDONED, since_s=event.at_s, policy="")
         case EvaluationAssigned():
@@ -252,7 +311,58 @@ def _scheduled(state: RunState, event: ChildScheduled) -> RunState:
     if event.attempt > 0:
         key = (who.role, who.index)
         restarts_s = {**restarts_s, key: (*restarts_s.get(key, ()), event.at_s)[-event.attempt :]}
-    return msgspec.structs.replace(state, children=children, restarts_s=restarts_s)
+    newest = max(who.incarnation, state.incarnations.get((who.role, who.index), 0))
+    incarnations = {**state.incarnations, (who.role, who.index): newest}
+    return msgspec.structs.replace(state, children=children, restarts_s=restarts_s, incarnations=incarnations)
+
+
+def _resumed(state: RunState, event: RunResumed) -> RunState:
+    """What outlives a supervisor: the numbers of the lives, answered commands, the results of a training that ended."""
+    kept = RunState(
+        phase=Phase.STARTING,
+        phase_since_s=event.at_s,
+        started=_reconfigured(state.started, event),
+        incarnations=state.incarnations,
+        incarnations_before=state.incarnations,
+        commands=state.commands,
+        resumes=state.resumes + 1,
+    )
+    if event.goes_on == "training":
+        return kept
+    kept = msgspec.structs.replace(
+        kept,
+        phase=Phase.STOPPING,
+        training_started_s=state.training_started_s,
+        training_ended=state.training_ended,
+    )
+    if event.goes_on == "checkpoint":
+        return kept
+    return msgspec.structs.replace(
+        kept,
+        phase=Phase.EVALUATING,
+        checkpoint=state.checkpoint,
+        evaluations=state.evaluations if _are_comparable(state.started, event) else {},
+    )
+
+
+def _reconfigured(started: RunStarted | None, event: RunResumed) -> RunStarted | None:
+    """The same run under the configuration that holds now."""
+    if started is None:
+        return None
+    facts = {name: getattr(event, name) for name in RunConfigured.__struct_fields__}
+    return RunStarted(run_id=started.run_id, **facts)
+
+
+def _are_comparable(started: RunStarted | None, event: RunResumed) -> bool:
+    """Whether what was measured before belongs into one table with what will be."""
+    key = "evaluation_episodes"
+    return started is not None and limit_of(started, key) == limit_of(event, key)
+
+
+def limit_of(configured: RunConfigured, key: str) -> Any:
+    """A value of the `supervisor` section under which a supervisor ran; None where it had none."""
+    section = configured.config.get("supervisor")
+    return section.get(key) if isinstance(section, dict) else None
 
 
 def _stop_requested(state: RunState, event: StopRequested) -> RunState:

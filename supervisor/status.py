@@ -20,10 +20,11 @@ from typing import Final
 import msgspec
 
 from esper_simic.errors import ContractError, UnavailableError
-from esper_simic.events import ExperienceAdmitted, ExperienceRefused, LearnerStepped
+from esper_simic.events import CheckpointSaved, ExperienceAdmitted, ExperienceRefused, LearnerStepped
+from supervisor import checkpoints
 from supervisor.bus import Client, Received
 from supervisor.config_file import config_of
-from supervisor.journal import read, read_last
+from supervisor.journal import JournalDamage, read, read_last
 from supervisor.journal.writer import LOCK_NAME
 from supervisor.outcome import fold_journal
 from supervisor.protocol import ACCEPTS, Command, CommandReply, Message, StatusReply, StatusRequest
@@ -170,16 +171,23 @@ def state_of(run_dir: Path) -> RunState:
 def from_files(run_dir: Path) -> Snapshot:
     """The run as its journals tell it.
 
+    Damage to the learner's journal is a trouble of the run, not of whoever looks at it.
+
     Raises:
         UnavailableError: The directory holds no run.
         ContractError: Its journal is not one of this program.
         ConfigError: Its configuration is of another version.
-        JournalDamage: Its journal is damaged.
+        JournalDamage: Its supervisor's journal is damaged.
     """
     # Before the journal: whoever ends between the two has written the end that is then read.
     supervised = is_supervised(run_dir)
     state = state_of(run_dir)
-    learner, environment, learned_until_s = _learner(run_dir, state)
+    troubles = []
+    try:
+        learner, environment, learned_until_s = _learner(run_dir, state)
+    except JournalDamage as damage:
+        learner, environment, learned_until_s = LearnerView(), EnvironmentView(), 0.0
+        troubles.append(str(damage))
     snapshot = Vitals().snapshot(
         state,
         now_s=state.finished.at_s if state.finished else max(_last_event_s(run_dir), learned_until_s),
@@ -188,7 +196,7 @@ def from_files(run_dir: Path) -> Snapshot:
         memory_bytes={},
         refused={},
     )
-    snapshot = msgspec.structs.replace(snapshot, learner=learner, environment=environment)
+    snapshot = msgspec.structs.replace(snapshot, learner=learner, environment=environment, troubles=troubles)
     if state.phase in TERMINAL:
         return snapshot
     if supervised:
@@ -224,8 +232,27 @@ def _learner(run_dir: Path, state: RunState) -> tuple[LearnerView, EnvironmentVi
             steps += admitted.length * admitted.lanes
         elif record.kind == "ExperienceRefused":
             steps += record.header_as(ExperienceRefused).steps
-    learner = LearnerView(step=last.step, metrics=last.metrics) if last else LearnerView()
-    return learner, EnvironmentView(steps=steps), until_ns / 1e9 - state.started.started_unix_s
+    metrics = (last.metrics if last else {}) | _last_checkpoint(run_dir, until_ns)
+    step, before = last.step if last else 0, state.updates_before or 0
+    learner = LearnerView(step=step, before=before, metrics=metrics)
+    environment = EnvironmentView(steps=steps, before=state.steps_before or 0)
+    return learner, environment, until_ns / 1e9 - state.started.started_unix_s
+
+
+def _last_checkpoint(run_dir: Path, until_ns: int) -> dict[str, float]:
+    """What a learner would report of its newest checkpoint that counts, its age when the journal ends; else nothing."""
+    directory = run_dir / "journal" / "learner-0"
+    for listed in reversed(checkpoints.list_checkpoints(run_dir / "checkpoints")):
+        if isinstance(listed, checkpoints.BadCheckpoint):
+            continue
+        for record in read(directory, listed.manifest.journal_position):
+            if record.kind != CheckpointSaved.__name__:
+                continue
+            saved = record.header_as(CheckpointSaved)
+            if saved.directory == listed.path.name:
+                age_s = (until_ns - record.time_ns) / 1e9
+                return {"checkpoint.step": float(saved.step), "checkpoint.age_s": age_s}
+    return {}
 
 
 def _last_event_s(run_dir: Path) -> float:
@@ -270,9 +297,21 @@ def health(snapshot: Snapshot) -> Health:
     # A run that is not over gives a reason only when it is failing.
     if snapshot.reason and snapshot.state in set(Phase) - TERMINAL:
         return Health.FAILED
-    if any(_is_missing(process, snapshot.state) for process in snapshot.processes):
+    if snapshot.state in _AT_WORK and worries(snapshot):
         return Health.DEGRADED
     return _HEALTH[snapshot.state]
+
+
+def worries(snapshot: Snapshot) -> list[str]:
+    """What makes a run that is at work less than healthy."""
+    missing = [
+        f"{process.role}-{process.index} is {process.state} again"
+        if process.restarts > 0
+        else f"{process.role}-{process.index} is {process.state}"
+        for process in snapshot.processes
+        if _is_missing(process, snapshot.state)
+    ]
+    return [*snapshot.troubles, *missing]
 
 
 def _is_missing(process: ProcessView, state: str) -> bool:

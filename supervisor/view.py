@@ -93,12 +93,18 @@ class RateMeter:
         stands still, and so does the rate.
         """
         at_s, steps = snapshot.training_elapsed_s, snapshot.environment.steps
-        if not self._points or at_s > self._points[-1][0]:
+        if len(self._points) == 1 and at_s <= self._points[0][0]:
+            self._points[0] = (
+                at_s,
+                steps,
+            )  # training has not begun yet; a run that goes on may find its steps late
+        elif not self._points or at_s > self._points[-1][0]:
             self._points.append((at_s, steps))
         while len(self._points) > 2 and self._points[1][0] <= at_s - RATE_WINDOW_S:
             self._points.popleft()
         (from_s, from_steps), (to_s, to_steps) = self._points[0], self._points[-1]
-        return (to_steps - from_steps) / (to_s - from_s) if to_s > from_s else 0.0
+        # Steps that were not yet durable when the learner died are taken back.
+        return max(0.0, (to_steps - from_steps) / (to_s - from_s)) if to_s > from_s else 0.0
 
 
 class LiveView:
@@ -108,7 +114,7 @@ class LiveView:
         self._console = console
         self._live: Live | None = None
         self._next_line_s = 0.0
-        self._last_state = ""
+        self._last_state = ("", False)
 
     def show(self, snapshot: Snapshot, rate: float) -> None:
         """Show one snapshot; `rate` in environment steps per second."""
@@ -117,8 +123,10 @@ class LiveView:
                 self._live = Live(console=self._console, auto_refresh=False, transient=True)
                 self._live.start()
             self._live.update(picture(snapshot, rate), refresh=True)
-        elif snapshot.state != self._last_state or snapshot.elapsed_s >= self._next_line_s:
-            self._last_state = snapshot.state
+            return
+        state = (snapshot.state, bool(recovering(snapshot)))
+        if state != self._last_state or snapshot.elapsed_s >= self._next_line_s:
+            self._last_state = state
             self._next_line_s = snapshot.elapsed_s + PLAIN_INTERVAL_S
             tell(self._console, line(snapshot, rate))
 
@@ -151,6 +159,7 @@ def line(snapshot: Snapshot, rate: float) -> str:
         f"steps {snapshot.environment.steps}",
         f"{rate:.0f} steps/s",
         f"updates {snapshot.learner.step}",
+        *filter(None, [recovering(snapshot)]),
     ]
     metrics = snapshot.learner.metrics
     words += [
@@ -162,7 +171,24 @@ def line(snapshot: Snapshot, rate: float) -> str:
     left_s = time_left_s(snapshot, rate)
     if left_s is not None:
         words.append(f"{left_s:.0f} s left")
-    return "  ".join(words)
+    return "  ".join([*words, *(f"! {trouble}" for trouble in snapshot.troubles)])
+
+
+def recovering(snapshot: Snapshot) -> str:
+    """How far a learner on its way back has come; empty if there is none."""
+    metrics = snapshot.learner.metrics
+    total = metrics.get("recovery.total")
+    if total is None:
+        return ""
+    done, left_s = metrics.get("recovery.done", 0.0), metrics.get("recovery.seconds_left", 0.0)
+    return f"recovering {done:.0f} of {total:.0f} records, {left_s:.0f} s left"
+
+
+def last_checkpoint(snapshot: Snapshot) -> str:
+    """The newest checkpoint that counts, as the learner reports it; empty if there is none."""
+    metrics = snapshot.learner.metrics
+    step = metrics.get("checkpoint.step", 0.0)
+    return f"update {step:.0f}, {metrics.get('checkpoint.age_s', 0.0):.0f} s old" if step > 0 else ""
 
 
 def time_left_s(snapshot: Snapshot, rate: float) -> float | None:
@@ -170,16 +196,38 @@ def time_left_s(snapshot: Snapshot, rate: float) -> float | None:
     if snapshot.state != Phase.TRAINING:
         return None
     candidates = []
+    made, updates = _steps_made(snapshot), snapshot.learner.step
     if snapshot.max_seconds is not None:
         candidates.append(snapshot.max_seconds - snapshot.training_elapsed_s)
     if snapshot.max_steps is not None and rate > 0:
-        candidates.append((snapshot.max_steps - snapshot.environment.steps) / rate)
+        candidates.append((snapshot.max_steps - made) / rate)
+    if snapshot.max_updates is not None and rate > 0 and updates > 0:
+        steps_per_update = snapshot.environment.steps / updates
+        candidates.append((snapshot.max_updates - updates) * steps_per_update / rate)
     return max(0.0, min(candidates)) if candidates else None
+
+
+def _steps_made(snapshot: Snapshot) -> int:
+    """Environment steps of this invocation."""
+    return snapshot.environment.steps - snapshot.environment.before
 
 
 def picture(snapshot: Snapshot, rate: float) -> RenderableType:
     """The whole picture of a run that goes on."""
-    return Group(_head(snapshot), _progress(snapshot), _numbers(snapshot, rate), processes(snapshot))
+    return Group(
+        _head(snapshot),
+        _progress(snapshot),
+        _numbers(snapshot, rate),
+        processes(snapshot),
+        *_remarks(snapshot),
+    )
+
+
+def _remarks(snapshot: Snapshot) -> list[Text]:
+    return [
+        *(Text(f"trouble     {trouble}", style="bold red") for trouble in snapshot.troubles),
+        *(Text(f"note        {note}") for note in snapshot.notes),
+    ]
 
 
 def _head(snapshot: Snapshot) -> Text:
@@ -200,6 +248,11 @@ def _numbers(snapshot: Snapshot, rate: float) -> Table:
     ]
     metrics = snapshot.learner.metrics
     cells += [(label, form.format(metrics[name])) for name, label, form in METRICS if name in metrics]
+    if snapshot.resumes:
+        cells.append(("resumed", f"{snapshot.resumes} time{'s' if snapshot.resumes > 1 else ''}"))
+    checkpoint = last_checkpoint(snapshot)
+    if checkpoint:
+        cells.append(("last checkpoint", checkpoint))
     left_s = time_left_s(snapshot, rate)
     if left_s is not None:
         cells.append(("training left", f"about {left_s:.0f} s"))
@@ -214,8 +267,11 @@ def _progress(snapshot: Snapshot) -> RenderableType:
     if snapshot.state == Phase.EVALUATING:
         done, total = float(len(snapshot.evaluated)), float(len(snapshot.to_evaluate))
         words = f"{_measured(snapshot)} on held-out episodes"
-    elif snapshot.max_seconds is not None or snapshot.max_steps is not None:
-        done, total = _done_of_limit(snapshot)
+    elif recovering(snapshot):
+        done, total = (snapshot.learner.metrics[f"recovery.{part}"] for part in ("done", "total"))
+        words = recovering(snapshot)
+    elif limits := _done_of_limits(snapshot):
+        done, total = max(limits, key=lambda limit: limit[0] / limit[1])
         words = f"{min(1.0, done / total):.0%} of the training"
     else:
         return Text("no limit set; stop with Ctrl-C", style="dim")
@@ -228,14 +284,16 @@ def _measured(snapshot: Snapshot) -> str:
     return f"{len(snapshot.evaluated)} of {len(snapshot.to_evaluate)} policies measured"
 
 
-def _done_of_limit(snapshot: Snapshot) -> tuple[float, float]:
-    """What is done and the limit, of that limit of the two that is nearer."""
-    limits = []
+def _done_of_limits(snapshot: Snapshot) -> list[tuple[float, float]]:
+    """What is done and the limit, of each limit that is set."""
+    limits: list[tuple[float, float]] = []
     if snapshot.max_seconds is not None:
         limits.append((snapshot.training_elapsed_s, snapshot.max_seconds))
     if snapshot.max_steps is not None:
-        limits.append((float(snapshot.environment.steps), float(snapshot.max_steps)))
-    return max(limits, key=lambda limit: limit[0] / limit[1])
+        limits.append((_steps_made(snapshot), snapshot.max_steps))
+    if snapshot.max_updates is not None:
+        limits.append((snapshot.learner.step, snapshot.max_updates))
+    return limits
 
 
 def processes(snapshot: Snapshot, rows_max: int = PROCESS_ROWS_MAX) -> Table:
@@ -271,9 +329,12 @@ def _mib(some: Sequence[ProcessView]) -> str:
 
 
 def status_page(snapshot: Snapshot) -> RenderableType:
-    """What `simic-supervisor status` prints for a person; the rate is the mean over the whole training."""
-    rate = snapshot.environment.steps / snapshot.training_elapsed_s if snapshot.training_elapsed_s else 0.0
-    parts: list[RenderableType] = [_head(snapshot), _numbers(snapshot, rate), processes(snapshot)]
+    """What `simic-supervisor status` prints for a person; the rate is the mean over this invocation's training."""
+    rate = _steps_made(snapshot) / snapshot.training_elapsed_s if snapshot.training_elapsed_s else 0.0
+    parts: list[RenderableType] = [_head(snapshot), _numbers(snapshot, max(0.0, rate)), processes(snapshot)]
+    if recovering(snapshot):
+        parts.append(Text(f"learner     {recovering(snapshot)}"))
+    parts += _remarks(snapshot)
     if snapshot.to_evaluate and snapshot.state not in (Phase.STARTING, Phase.TRAINING):
         parts.append(Text(f"evaluation  {_measured(snapshot)}"))
     if snapshot.checkpoint:

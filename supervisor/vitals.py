@@ -1,13 +1,15 @@
 """What the supervisor knows about its children and does not keep: last progress, memory; and the picture made of it.
 
 Heartbeats report progress, not life. A report counts as progress when the child's `work` has grown since the last one.
-A child that says it waits for something it cannot make itself is not blamed while any other child makes progress;
-when nobody does, everybody is to blame, so two children that wait for each other are noticed.
+A child that says, and goes on saying, that it waits for something it cannot make itself is not blamed as long as
+another one is the likelier culprit: one that does not wait, one that says nothing any more, one that has not been heard
+yet (a learner on its way back), or the disk. When all of them wait and say so, everybody is to blame: two children that
+wait for each other are noticed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Final
 
 import msgspec
@@ -22,7 +24,7 @@ SCHEMA: Final = 1
 
 
 class ProcessView(msgspec.Struct, frozen=True, kw_only=True):
-    """One process of the run; memory is the resident set, 0 when there is no process."""
+    """One process of the run; memory is the resident set, 0 when there is no process; `restarts` in this invocation."""
 
     role: str
     index: int
@@ -37,20 +39,26 @@ class ProcessView(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class LearnerView(msgspec.Struct, frozen=True, kw_only=True):
-    """Updates made, and the learner's newest metrics by name."""
+    """Updates made, `before` of them when this supervisor took the run over, and the newest metrics by name."""
 
     step: int = 0
+    before: int = 0
     metrics: dict[str, float] = {}
 
 
 class EnvironmentView(msgspec.Struct, frozen=True, kw_only=True):
-    """Environment steps the learner has admitted."""
+    """Environment steps the learner has admitted; `before` of them when this supervisor took the run over."""
 
     steps: int = 0
+    before: int = 0
 
 
 class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
-    """The run at one moment, for people and machines; times in seconds."""
+    """The run at one moment, for people and machines; times in seconds.
+
+    `max_seconds` and `max_steps` count this invocation, as `elapsed_s` does; `max_updates` is of the whole run. While
+    the run goes on, `troubles` say why it is not as well as it should be, `notes` what else is worth knowing.
+    """
 
     run_id: str
     preset: str
@@ -68,7 +76,23 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     refused_messages: dict[str, int]
     checkpoint: str
     reason: str
+    resumes: int = 0
+    max_updates: int | None = None
+    troubles: list[str] = []
+    notes: list[str] = []
     schema: int = SCHEMA
+
+
+RECOVERING: Final = "recovering"
+"""The phase that a learner reports while it folds its journal; how far it has come is in metrics `recovery.…`."""
+
+DISK: Final = "disk"
+"""What a learner waits for that only a person can give."""
+
+SILENCE_S: Final = 5.0
+"""Children that wait say so several times a second; one that has said nothing for so long does not wait, it hangs."""
+
+DISK_FULL: Final = "the disk is full: nothing is taken in until there is room again"
 
 
 class Vitals:
@@ -76,9 +100,10 @@ class Vitals:
 
     def __init__(self) -> None:
         self._last: dict[ChildId, Progress] = {}
+        self._spoke_at_s: dict[ChildId, float] = {}
         self._progressed_at_s: dict[ChildId, float] = {}
         self._anybody_at_s = 0.0
-        self._learner = LearnerView()
+        self._learner: LearnerView | None = None
         self._steps = 0
 
     def heard(self, report: Progress, now_s: float) -> None:
@@ -86,25 +111,65 @@ class Vitals:
         who = ChildId(report.role, report.index, report.incarnation)
         last = self._last.get(who)
         self._last[who] = report
+        self._spoke_at_s[who] = now_s
         if last is None or report.work > last.work:
             self._progressed_at_s[who] = now_s
             self._anybody_at_s = max(self._anybody_at_s, now_s)
         if who.role == "learner":
-            self._steps = max(self._steps, report.environment_steps)
-            metrics = {**self._learner.metrics, **report.metrics}
-            self._learner = LearnerView(step=report.learner_step, metrics=metrics)
+            self._hear_learner(report)
+
+    def _hear_learner(self, report: Progress) -> None:
+        """Its counts and metrics; while it recovers it has no new ones, and the last ones stand."""
+        before = self._learner or LearnerView()
+        metrics = _without_recovery(before.metrics) | report.metrics
+        if report.phase == RECOVERING:
+            self._learner = LearnerView(step=before.step, metrics=metrics)
+            return
+        self._learner = LearnerView(step=report.learner_step, metrics=metrics)
+        self._steps = report.environment_steps
+
+    def learner_stands_at(self, learner_step: int, environment_steps: int) -> None:
+        """Take the counts with which a learner became ready."""
+        metrics = self._learner.metrics if self._learner else {}
+        self._learner = LearnerView(step=learner_step, metrics=_without_recovery(metrics))
+        self._steps = environment_steps
 
     def forget(self, who: ChildId) -> None:
         """Drop a child that is gone."""
-        self._last.pop(who, None)
-        self._progressed_at_s.pop(who, None)
+        for table in (self._last, self._spoke_at_s, self._progressed_at_s):
+            table.pop(who, None)
+        if who.role == "learner" and self._learner is not None:
+            self._learner = LearnerView(
+                step=self._learner.step, metrics=_without_recovery(self._learner.metrics)
+            )
 
-    def progressed_at_s(self) -> dict[ChildId, float]:
-        """When each child last did some work of its own, or, while it waits, when anybody did."""
-        return {
-            who: max(at_s, self._anybody_at_s) if self._last[who].waiting_for else at_s
-            for who, at_s in self._progressed_at_s.items()
-        }
+    def progressed_at_s(self, now_s: float, expected: Collection[ChildId]) -> dict[ChildId, float]:
+        """When each child last did some work of its own, or had a good reason not to.
+
+        Args:
+            now_s: Now.
+            expected: The children that are or will be there.
+        """
+        excused_at_s = now_s if self._is_somebody_else_late(now_s, expected) else self._anybody_at_s
+        times_s = {}
+        for who, at_s in self._progressed_at_s.items():
+            if not self._last[who].waiting_for:
+                times_s[who] = at_s
+            elif self._is_silent(who, now_s):
+                times_s[who] = max(at_s, self._spoke_at_s[who])
+            else:
+                times_s[who] = max(at_s, excused_at_s)
+        return times_s
+
+    def _is_somebody_else_late(self, now_s: float, expected: Collection[ChildId]) -> bool:
+        """Whether anybody but those who wait and say so can be what they wait for."""
+        return any(
+            who not in self._last or self._is_silent(who, now_s) or self._last[who].waiting_for in ("", DISK)
+            for who in expected
+        )
+
+    def _is_silent(self, who: ChildId, now_s: float) -> bool:
+        return now_s - self._spoke_at_s[who] > SILENCE_S
 
     def snapshot(
         self,
@@ -115,12 +180,14 @@ class Vitals:
         config: SupervisorConfig,
         memory_bytes: Mapping[int, int],
         refused: Mapping[str, int],
+        is_disk_full: bool = False,
     ) -> Snapshot:
-        """The picture of this moment; `memory_bytes` by process id."""
+        """The picture of this moment; `memory_bytes` by process id, `is_disk_full` for the supervisor's journal."""
         started = state.started
         until_s = state.training_ended.at_s if state.training_ended else now_s
         began_s = state.training_started_s
         policies = list(started.evaluation_policies) if started else []
+        learner, steps, steps_before = self._standing(state)
         return Snapshot(
             run_id=started.run_id if started else "",
             preset=started.preset if started else "",
@@ -130,15 +197,33 @@ class Vitals:
             training_elapsed_s=0.0 if began_s is None else max(0.0, until_s - began_s),
             max_seconds=config.max_seconds,
             max_steps=config.max_steps,
-            learner=self._learner,
-            environment=EnvironmentView(steps=self._steps),
+            learner=learner,
+            environment=EnvironmentView(steps=steps, before=steps_before),
             processes=self._processes(state, memory_bytes),
             evaluated=[policy for policy in policies if policy in state.evaluations],
             to_evaluate=policies,
             refused_messages=dict(refused),
             checkpoint=state.checkpoint.path if state.checkpoint else "",
             reason=state.finished.reason if state.finished else state.failure,
+            resumes=state.resumes,
+            max_updates=config.max_updates,
+            troubles=troubles(learner.metrics, is_disk_full=is_disk_full),
+            notes=notes(learner.metrics),
         )
+
+    def _standing(self, state: RunState) -> tuple[LearnerView, int, int]:
+        """Where the learner stands, in updates and in environment steps, and how many of these it had at first.
+
+        A supervisor that only measures has never seen it: then the last checkpoint tells.
+        """
+        last, updates_before = state.checkpoint, state.updates_before
+        if updates_before is None and last is not None:
+            learner = LearnerView(step=last.learner_step, before=last.learner_step)
+            return learner, last.environment_steps, last.environment_steps
+        learner = self._learner or LearnerView(step=state.learner_step)
+        learner = msgspec.structs.replace(learner, before=updates_before or 0)
+        steps = self._steps if self._learner else state.steps_before or 0
+        return learner, steps, state.steps_before or 0
 
     def _processes(self, state: RunState, memory_bytes: Mapping[int, int]) -> list[ProcessView]:
         newest: dict[tuple[Role, int], ChildId] = {}
@@ -156,10 +241,32 @@ class Vitals:
                     pid=child.pid if who in state.live else 0,
                     state=str(child.status),
                     memory_bytes=memory_bytes.get(child.pid, 0) if who in state.live else 0,
-                    restarts=who.incarnation - 1,
+                    restarts=who.incarnation - 1 - state.incarnations_before.get((who.role, who.index), 0),
                     waiting_for=report.waiting_for if report else "",
                     environment_steps=report.environment_steps if report else 0,
                     detail=child.detail or child.reason,
                 )
             )
         return views
+
+
+def troubles(metrics: Mapping[str, float], *, is_disk_full: bool = False) -> list[str]:
+    """Why a run that goes on is not as well as it should be, by its learner's metrics."""
+    found = []
+    if is_disk_full or metrics.get("admission_paused", 0.0) > 0:
+        found.append(DISK_FULL)
+    quarantined = metrics.get("quarantined", 0.0)
+    if quarantined > 0:
+        found.append(f"{quarantined:.0f} records of the learner's journal are quarantined: not learned from")
+    return found
+
+
+def notes(metrics: Mapping[str, float]) -> list[str]:
+    """What else is worth knowing, by the learner's metrics."""
+    if metrics.get("inexact", 0.0) > 0:
+        return ["the learner's last recovery was not exact: see LearnerRecovered in its journal"]
+    return []
+
+
+def _without_recovery(metrics: Mapping[str, float]) -> dict[str, float]:
+    return {name: value for name, value in metrics.items() if not name.startswith("recovery.")}

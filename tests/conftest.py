@@ -9,8 +9,9 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing import forkserver, resource_tracker
+from pathlib import Path
 
 import psutil
 import pytest
@@ -75,3 +76,17 @@ def _describe(process: psutil.Process) -> str:
         return f"{process.pid} ({process.status()}): {' '.join(process.cmdline())}"
     except psutil.NoSuchProcess:
         return f"{process.pid} (gone meanwhile)"
+
+
+@pytest.fixture
+def record_proof() -> Callable[[str, str], None]:
+    """Write a section of the proofs' report (`make prove`); nothing in other runs."""
+
+    def write(title: str, text: str) -> None:
+        out = os.environ.get("SIMIC_PROVE_OUT")
+        if out:
+            Path(out).parent.mkdir(parents=True, exist_ok=True)
+            with Path(out).open("a", encoding="utf-8") as file:
+                file.write(f"### {title}\n\n{text}\n\n")
+
+    return write

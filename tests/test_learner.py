@@ -23,7 +23,7 @@ from esper_simic.actions import HEADS, Op
 from esper_simic.algorithms.impala import impala_loss
 from esper_simic.config import Config, parse
 from esper_simic.errors import InvariantViolation
-from esper_simic.events import EpisodeFinished, ExperienceAdmitted
+from esper_simic.events import EpisodeFinished, ExperienceAdmitted, ExperienceRefused
 from esper_simic.learner import ADAM_EPSILON, FORCED_VALUE_WEIGHT, Learner, StepReport
 from esper_simic.trajectory import Trajectory
 from tests.policies.synthetic import SPEC, make_policy, trajectory
@@ -56,6 +56,17 @@ def make_event(
         lanes=LANES,
         episode_numbers=[0] * LANES,
         episodes=list(episodes),
+    )
+
+
+def make_refusal(steps: int, *, actor: int = 0, incarnation: int = 0, sequence: int = 1) -> ExperienceRefused:
+    return ExperienceRefused(
+        actor=actor,
+        incarnation=incarnation,
+        sequence=sequence,
+        policy_version=0,
+        steps=steps,
+        reason="too_old",
     )
 
 
@@ -99,7 +110,7 @@ def test_the_same_admissions_give_the_same_bits_step_for_step() -> None:
     assert history(first) == history(second)
     assert [report.step for report in first] == [1, 2, 3, 4, 5]
     assert [report.state_digest is not None for report in first] == [False, True, False, True, False]
-    assert one.state_digest() == two.state_digest()
+    assert one.state().digest == two.state().digest
     assert len({report.digest for report in first}) == 5
 
 
@@ -107,13 +118,13 @@ SCRIPT = """
 import json
 from tests.test_learner import ORDER, SPEC, Learner, history, learn, make_config
 learner = Learner(make_config(), SPEC)
-print(json.dumps([history(learn(learner, ORDER)), learner.state_digest()]))
+print(json.dumps([history(learn(learner, ORDER)), learner.state().digest]))
 """
 
 
 def test_a_fresh_process_comes_to_the_same_bits() -> None:
     learner = Learner(make_config(), SPEC)
-    expected = [history(learn(learner, ORDER)), learner.state_digest()]
+    expected = [history(learn(learner, ORDER)), learner.state().digest]
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     command = [sys.executable, "-W", "ignore", "-c", SCRIPT]
     root = Path(__file__).parent.parent
@@ -196,7 +207,7 @@ def test_an_unroll_of_another_length_breaks_an_invariant() -> None:
 def test_steps_are_counted_whether_admitted_or_refused() -> None:
     learner = Learner(make_config(), SPEC)
     admit(learner, 0)
-    learner.count_refused(100)
+    learner.refuse(make_refusal(100))
     assert learner.environment_steps == T * LANES + 100
 
 
@@ -212,14 +223,14 @@ def test_a_new_incarnation_begins_episodes_that_nobody_has_seen() -> None:
     assert learner.next_episodes(0) == [0, 0, 0, 0]
     ended = msgspec.structs.replace(make_episode(1.0), lane=2, number=7)
     event = msgspec.structs.replace(make_event(0, episodes=[ended]), episode_numbers=[3, 4, 7, 5])
-    before = learner.state_numbers()
+    before = learner.state().numbers
     learner.admit(0, event, make_unroll(0))
     # Whether an actor names the episodes before or after the unroll, number 8 of lane 2 may have begun.
     assert learner.next_episodes(0) == [4, 5, 9, 6]
     assert learner.next_episodes(1) == [0, 0, 0, 0]
     learner.next_episodes(0)[0] = 99
     assert learner.next_episodes(0)[0] == 4
-    after = learner.state_numbers()
+    after = learner.state().numbers
     assert (before["next_episodes"], after["next_episodes"]) == ({}, {"0": [4, 5, 9, 6]})
 
 
@@ -242,11 +253,9 @@ def losses(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 def batch_of(learner: Learner) -> Trajectory:
     """The batch of the learner's next step (fresh ones first), without taking it."""
     trainer = learner._config.simic_trainer
-    buffer, fresh, consumed = learner.buffer, learner._fresh_per_batch, learner.buffer.consumed
     rng = seeding.generator(trainer.seed, "learner", 0, learner.steps_done)
-    sample = buffer.sample(trainer.batch_size, fresh, rng=rng)
-    buffer._consumed = consumed
-    return sample.trajectory
+    serials = learner.buffer.choose(trainer.batch_size, learner._fresh_per_batch, rng=rng)
+    return learner.buffer.gather(serials)
 
 
 def test_rewards_are_scaled_clipped_and_get_the_value_of_what_was_cut(losses: list[dict[str, Any]]) -> None:
@@ -417,10 +426,10 @@ def test_a_loss_that_is_not_finite_changes_no_weight(where: str) -> None:
     learner = ready()
     tensors = learner.buffer._rows[where]
     tensors[8:16] = math.nan  # decoding refuses this; here it stands for any other cause
-    before = {name: value.clone() for name, value in learner.state_tensors().items()}
+    before = {name: value.clone() for name, value in learner.state().tensors.items()}
     with pytest.raises(InvariantViolation, match=r"step 1: loss nan"):
         learner.step()
-    after = learner.state_tensors()
+    after = learner.state().tensors
     assert set(after) == set(before)
     for name, value in before.items():
         assert torch.equal(after[name], value), name
@@ -431,8 +440,8 @@ def test_a_loss_that_is_not_finite_changes_no_weight(where: str) -> None:
 
 
 def test_weights_make_the_same_policy_elsewhere() -> None:
-    learner = Learner(make_config(), SPEC)
-    learn(learner, ORDER[:6])
+    learner = ready()
+    learner.step()
     other = make_policy(99, learner._config.simic_trainer)
     other.load_state_dict(safetensors.torch.load(learner.weights()))
     unroll = make_unroll(50)
@@ -446,6 +455,19 @@ def test_weights_make_the_same_policy_elsewhere() -> None:
         assert torch.equal(getattr(one, name), getattr(two, name)), name
 
 
+def test_a_version_is_the_same_bytes_whatever_was_admitted_since() -> None:
+    learner = ready()
+    learner.step()
+    version, before = learner.weights(), learner.policy.normaliser.state_dict()
+    before = {name: tensor.clone() for name, tensor in before.items()}
+    admit(learner, 9)
+    assert any(
+        not torch.equal(tensor, before[name])
+        for name, tensor in learner.policy.normaliser.state_dict().items()
+    )
+    assert learner.weights() == version
+
+
 def test_weights_are_the_same_bytes_every_time() -> None:
     learner = ready()
     assert learner.weights() == learner.weights()
@@ -457,48 +479,52 @@ def test_weights_are_the_same_bytes_every_time() -> None:
 def test_state_digest_covers_every_tensor() -> None:
     learner = Learner(make_config(), SPEC)
     learn(learner, ORDER[:6])
-    names = list(learner.state_tensors())
+    names = list(learner.state().tensors)
     assert any(name.startswith("policy.normaliser") for name in names)
     assert {name.rpartition(".")[2] for name in names if name.startswith("optimizer")} == {
         "step",
         "exp_avg",
         "exp_avg_sq",
     }
-    before = learner.state_digest()
+    before = learner.state().digest
     for name in names:
-        tensor = learner.state_tensors()[name].view(-1)
+        tensor = learner.state().tensors[name].view(-1)
         held = tensor[0].clone()
         tensor[0] += 1
-        assert learner.state_digest() != before, name
+        assert learner.state().digest != before, name
         tensor[0] = held
-        assert learner.state_digest() == before, name
+        assert learner.state().digest == before, name
 
 
 def test_state_digest_covers_every_number() -> None:
     learner = Learner(make_config(), SPEC)
     learn(learner, ORDER[:6])
-    before = learner.state_digest()
-    learner.count_refused(1)
-    seen = {before, learner.state_digest()}
+    before = learner.state().digest
+    learner.refuse(make_refusal(1))
+    seen = {before, learner.state().digest}
     learner.environment_steps -= 1
-    assert learner.state_digest() == before
+    assert learner.state().digest == before
     learner.buffer.consume_all()
-    seen.add(learner.state_digest())
-    learner.reward_scale.update(7, 0, torch.ones(T, LANES), torch.zeros(T, LANES, dtype=torch.bool))
-    seen.add(learner.state_digest())
+    seen.add(learner.state().digest)
+    begins = torch.zeros(LANES, dtype=torch.bool)
+    learner.reward_scale.update(7, begins, torch.ones(T, LANES), torch.zeros(T, LANES, dtype=torch.bool))
+    seen.add(learner.state().digest)
     learner.steps_done += 1
-    seen.add(learner.state_digest())
+    seen.add(learner.state().digest)
     learner.buffer.insert(make_unroll(0), 0, 12345)
-    seen.add(learner.state_digest())
+    seen.add(learner.state().digest)
     rates = learner.learning_rates.state_dict()
     learner.learning_rates.load_state_dict({name: steps + 1 for name, steps in rates.items()})
-    seen.add(learner.state_digest())
+    seen.add(learner.state().digest)
     assert len(seen) == 7
 
 
 def test_state_numbers_are_json() -> None:
     learner = Learner(make_config(), SPEC)
     learn(learner, ORDER[:6])
-    numbers = learner.state_numbers()
+    numbers = learner.state().numbers
     assert json.loads(json.dumps(numbers)) == numbers
-    assert numbers["buffer"]["positions"] == [10 * number for number in range(6)]
+    assert repr(json.loads(json.dumps(numbers))) == repr(numbers), "what the digest covers survives a file"
+    addresses = learner.state().addresses
+    assert json.loads(json.dumps(addresses)) == addresses
+    assert addresses["buffer"]["positions"] == [10 * number for number in range(6)]

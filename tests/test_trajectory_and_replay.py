@@ -127,7 +127,9 @@ def test_buffer_holds_the_newest_and_gives_back_what_went_in(data: st.DataObject
         model += [(100.0 * position + lane, position + 5, position * 3) for lane in range(lanes)]
     held = model[-capacity:]
     assert len(buffer) == len(held)
-    assert buffer.positions().tolist() == [position for _, _, position in held]
+    positions = list(dict.fromkeys(position for _, _, position in held))
+    first = next(serial for serial, (_, _, position) in enumerate(model) if position == positions[0])
+    assert buffer.addresses() == {"first_serial": first, "positions": positions}
     serials = np.arange(len(model) - len(held), len(model))
     gathered = buffer.gather(serials)
     assert gathered.rewards[0].tolist() == [mark for mark, _, _ in held]

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from esper_simic import seeding
 from esper_simic.actions import HEADS
 from esper_simic.config import EnvironmentConfig, TrainerConfig
+from esper_simic.errors import InvariantViolation
 from esper_simic.events import EpisodeFinished
 from esper_simic.graphs import OBSERVATION_KEYS
 from esper_simic.growing_host.vector import GrowingHostVectorEnv, staggered_cuts
 from esper_simic.policies.graph_policy import GraphPolicy, observations_from_numpy
 from esper_simic.trajectory import Trajectory, decode, encode, frame_layout
-from esper_simic.unroll import ActionChance, UnrollCarry, begin, unroll
+from esper_simic.unroll import ActionChance, UnrollCarry, begin, resimulate, unroll
 
 LANES, LENGTH, HORIZON = 3, 7, 6
 SEEDS, FIRST = (11, 12, 13), (0, 4, 9)
@@ -150,9 +154,10 @@ def test_the_value_of_a_cut_episode_is_that_of_its_last_observation() -> None:
     state, observation = carry.state, carry.observation
     seen, _ = unroll(policy, environment, carry, 2)  # lane 0 is cut after its second epoch
     again, _, _ = start()
+    chance = torch.zeros(LANES, len(HEADS), dtype=torch.float64)
+    infos: dict[str, Any] = {}
     for t in range(2):
         tensors = observations_from_numpy(observation)
-        chance = torch.zeros(LANES, len(HEADS), dtype=torch.float64)
         state = policy.act(tensors, seen.episode_start[t], state, chance).state
         observation, _, _, _, infos = again.step(seen.actions[t].numpy())
     last = observations_from_numpy(infos["final_obs"])
@@ -194,3 +199,181 @@ def test_chance_is_the_stream_of_lane_and_episode() -> None:
     assert np.array_equal(drawn[1], seeding.generator(6, 4, "action").random(len(HEADS)))
     assert not np.array_equal(drawn[0], first[0][0])
     assert ((drawn >= 0) & (drawn < 1)).all()
+
+
+# Re-simulation
+
+ROUNDS = 4
+
+
+class Made(NamedTuple):
+    """An unroll as it is journaled, and what was told about it."""
+
+    frames: list[bytes]
+    state: bytes
+    episode_numbers: list[int]
+    finished: list[EpisodeFinished]
+
+
+def act(
+    rounds: range, environment: GrowingHostVectorEnv, policy: GraphPolicy, carry: UnrollCarry
+) -> Iterator[Made]:
+    """Make the unrolls of some rounds, each with the weights of its round."""
+    for number in rounds:
+        policy.load_state_dict(weights_of(policy, number))
+        numbers = carry.episode_numbers.tolist()
+        seen, finished = unroll(policy, environment, carry, LENGTH)
+        yield Made(encode(seen), carry.state.numpy().tobytes(), numbers, finished)
+
+
+def weights_of(policy: GraphPolicy, number: int) -> dict[str, Tensor]:
+    """Weights that differ from round to round enough to choose otherwise."""
+    generator = np.random.default_rng(number)
+    fresh = GraphPolicy(policy.spec, TrainerConfig(hidden_size=16), generator).state_dict()
+    return {
+        name: tensor + torch.from_numpy(0.2 * generator.standard_normal(tensor.shape)).to(tensor.dtype)
+        if "normaliser" not in name and tensor.is_floating_point()
+        else tensor
+        for name, tensor in fresh.items()
+    }
+
+
+def begin_run(seed: int) -> tuple[GrowingHostVectorEnv, GraphPolicy, UnrollCarry]:
+    return start((0,) * LANES, [seeding.derive(seed, "actor", 0, lane) for lane in range(LANES)])
+
+
+def recorded(made: Sequence[Made], policy: GraphPolicy) -> Iterator[tuple[Trajectory, Tensor]]:
+    """Read unrolls back from their bytes, as a new life does."""
+    for one in made:
+        trajectory = decode(one.frames, policy.spec, LENGTH, LANES, policy.state_size)
+        state = np.frombuffer(one.state, dtype="<f4").reshape(LANES, policy.state_size).copy()
+        yield trajectory, torch.from_numpy(state)
+
+
+@pytest.fixture(scope="module", params=[0, 1, 2])
+def uninterrupted(request: pytest.FixtureRequest) -> tuple[int, list[Made]]:
+    """A seed, and the unrolls of a life that nothing ends."""
+    seed: int = request.param
+    made = list(act(range(ROUNDS), *begin_run(seed)))
+    # Otherwise the laws below would speak of little.
+    assert {tuple(one.episode_numbers) for one in made} > {(0,) * LANES}, "lanes are in different episodes"
+    assert all(episode.number > 0 for episode in made[-1].finished)
+    assert len({one.state for one in made}) == ROUNDS
+    return seed, made
+
+
+def test_a_new_life_goes_on_as_if_the_old_one_had_not_ended(uninterrupted: tuple[int, list[Made]]) -> None:
+    seed, made = uninterrupted
+    for lived in range(ROUNDS + 1):
+        environment, policy, carry = begin_run(seed)
+        done = list(resimulate(environment, carry, recorded(made[:lived], policy)))
+        assert done == list(range(1, lived + 1))
+        assert list(act(range(lived, ROUNDS), environment, policy, carry)) == made[lived:], lived
+
+
+def test_a_life_after_many_short_ones_goes_on_all_the_same(uninterrupted: tuple[int, list[Made]]) -> None:
+    seed, made = uninterrupted
+    journal: list[Made] = []
+    for number in range(ROUNDS):  # each life makes one unroll
+        environment, policy, carry = begin_run(seed)
+        for _ in resimulate(environment, carry, recorded(journal, policy)):
+            pass
+        journal.extend(act(range(number, number + 1), environment, policy, carry))
+    assert journal == made
+
+
+def test_re_simulation_ends_with_the_carry_of_the_dead_life() -> None:
+    environment, policy, dead = begin_run(0)
+    made = list(act(range(2), environment, policy, dead))
+    environment, policy, carry = begin_run(0)
+    for _ in resimulate(environment, carry, recorded(made, policy)):
+        pass
+    for key in OBSERVATION_KEYS:
+        assert carry.observation[key].dtype == dead.observation[key].dtype
+        assert carry.observation[key].tobytes() == dead.observation[key].tobytes(), key
+    assert carry.state.numpy().tobytes() == dead.state.numpy().tobytes()
+    assert carry.episode_start.tolist() == dead.episode_start.tolist()
+    assert carry.episode_numbers.tolist() == dead.episode_numbers.tolist()
+    assert carry.chance.draw().tolist() == dead.chance.draw().tolist()
+
+
+def test_re_simulation_reads_one_unroll_at_a_time() -> None:
+    """However long a run was, a new life holds one of its unrolls in memory."""
+    environment, policy, carry = begin_run(0)
+    made = list(act(range(3), environment, policy, carry))
+    environment, policy, carry = begin_run(0)
+    given: list[int] = []
+
+    def counted() -> Iterator[tuple[Trajectory, Tensor]]:
+        for number, one in enumerate(recorded(made, policy), start=1):
+            given.append(number)
+            yield one
+
+    for number in resimulate(environment, carry, counted()):
+        assert given[-1] == number
+
+
+@pytest.fixture(scope="module")
+def two() -> list[tuple[Trajectory, Tensor]]:
+    """Two unrolls as they are read back."""
+    environment, policy, carry = begin_run(0)
+    return list(recorded(list(act(range(2), environment, policy, carry)), policy))
+
+
+def changed(tensor: Tensor) -> Tensor:
+    """Another last value, smallest possible change."""
+    flat = tensor.clone().flatten()
+    if tensor.dtype == torch.bool:
+        flat[-1] = ~flat[-1]
+    elif tensor.is_floating_point():
+        flat[-1] = torch.nextafter(flat[-1], torch.tensor(torch.inf))
+    else:
+        flat[-1] += 1
+    return flat.reshape(tensor.shape)
+
+
+def fail(unrolls: Sequence[tuple[Trajectory, Tensor]], seed: int = 0) -> str:
+    environment, _, carry = begin_run(seed)
+    with pytest.raises(InvariantViolation) as caught:
+        for _ in resimulate(environment, carry, unrolls):
+            pass
+    return str(caught.value).split(";")[0]
+
+
+@pytest.mark.parametrize("key", ["initial_state", "episode_start", "rewards", "ended"])
+def test_whatever_is_another_than_recorded_is_named(two: list[tuple[Trajectory, Tensor]], key: str) -> None:
+    trajectory, state = two[1]
+    damaged = Trajectory.from_tensors({**trajectory.tensors(), key: changed(getattr(trajectory, key))})
+    step = {"initial_state": 0, "episode_start": LENGTH}.get(key, LENGTH - 1)
+    assert (
+        fail([two[0], (damaged, state)])
+        == f"re-simulated unroll 2, step {step}: {key} is another than recorded"
+    )
+
+
+@pytest.mark.parametrize("key", OBSERVATION_KEYS)
+def test_an_observation_that_is_another_is_named(two: list[tuple[Trajectory, Tensor]], key: str) -> None:
+    trajectory, state = two[0]
+    observations = dict(trajectory.observations)
+    observations[key] = changed(observations[key])
+    found = fail([(replace(trajectory, observations=observations), state)])
+    assert found == f"re-simulated unroll 1, step {LENGTH}: observations.{key} is another than recorded"
+
+
+def test_a_zero_of_another_sign_is_another_number(two: list[tuple[Trajectory, Tensor]]) -> None:
+    trajectory, state = two[0]
+    rewards = trajectory.rewards.clone()
+    t, lane = (rewards == 0).nonzero()[0].tolist()
+    rewards[t, lane] = -rewards[t, lane]
+    assert f"step {t}: rewards" in fail([(replace(trajectory, rewards=rewards), state)])
+
+
+def test_unrolls_out_of_order_of_another_seed_or_with_another_state_are_found(
+    two: list[tuple[Trajectory, Tensor]],
+) -> None:
+    assert "unroll 1, step 0: initial_state" in fail([two[1]])
+    assert "unroll 2, step 0: initial_state" in fail([two[0], two[0]])
+    assert "unroll 2, step 0: initial_state" in fail([(two[0][0], changed(two[0][1])), two[1]])
+    assert "unroll 1, step " in fail(two, seed=1)
+    other = replace(two[0][0], actions=two[1][0].actions)
+    assert "unroll 1, step " in fail([(other, two[0][1])])

@@ -7,14 +7,15 @@ that makes a journal's files grow or shrink.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
 
 import xxhash
 
 from esper_simic.errors import ConfigError
-from supervisor.files import write_atomically
+from supervisor import faults
+from supervisor.files import DISK_FULL, fsync_directory, write_atomically
 from supervisor.journal.format import (
     NO_DIGEST,
     PREVIOUS_DIGEST_OFFSET,
@@ -55,6 +56,9 @@ class SegmentWriter:
         run_id: The run; must be the run named in an existing journal.
         segment_bytes_max: A record that would take a segment past this size begins the next one; a longer record has
             a segment for itself.
+        make_room: Asked when a write meets a full disk: frees what it can and says whether it freed anything. The
+            write then goes on where it stopped, so the file never shrinks under a reader. A *sync* that fails is final
+            in any case: which pages were dropped nobody knows.
 
     Raises:
         ConfigError: The directory holds another owner's or another run's journal.
@@ -62,8 +66,16 @@ class SegmentWriter:
         OSError: The disk refused.
     """
 
-    def __init__(self, directory: Path, owner: str, run_id: str, segment_bytes_max: int) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        owner: str,
+        run_id: str,
+        segment_bytes_max: int,
+        make_room: Callable[[], bool] = lambda: False,
+    ) -> None:
         self._directory = directory
+        self._make_room = make_room
         self._owner = owner
         self._run_id = run_id
         self._segment_bytes_max = segment_bytes_max
@@ -94,6 +106,7 @@ class SegmentWriter:
         Raises:
             OSError: The disk refused. How much of the batch is durable is not known; only a new opening can tell.
         """
+        faults.point("journal.write.before")
         buffers: list[bytes] = []
         size = 0
         for entry in batch:
@@ -105,15 +118,20 @@ class SegmentWriter:
             ):
                 self._write_all(buffers)
                 os.fdatasync(self._descriptor)
+                faults.point("journal.segment.before")
                 os.close(self._descriptor)
                 self._descriptor = -1
                 self._make_segment(entry.position, self._digest.digest())
+                faults.point("journal.segment.after")
                 buffers, size = [], 0
             buffers += parts
             size += part_bytes
             self.position = entry.position + 1
+        faults.point("journal.write.half", lambda: self._write_all([b"".join(buffers)[: -part_bytes // 2]]))
         self._write_all(buffers)
+        faults.point("journal.sync.before")
         os.fdatasync(self._descriptor)
+        faults.point("journal.sync.after")
 
     def mark(self) -> None:
         """Note in the file that all written so far is durable. The note itself is not synced; the next sync takes it.
@@ -122,6 +140,7 @@ class SegmentWriter:
             OSError: The disk refused; what was durable stays so.
         """
         self._write_all([encode_mark(self.position, self.offset)])
+        faults.point("journal.mark.after")
 
     def close(self) -> None:
         """Close the file; twice is harmless."""
@@ -143,7 +162,13 @@ class SegmentWriter:
             SegmentHeader(self._owner, self._run_id, first_position, previous_digest)
         )
         path = self._directory / segment_name(first_position)
-        write_atomically(path, header)
+        try:
+            write_atomically(path, header)
+        except OSError as error:
+            # A name without a synced directory cannot be taken back; nothing else of the attempt is left.
+            if error.errno not in DISK_FULL or path.exists() or not self._make_room():
+                raise
+            write_atomically(path, header)
         self._take(path, first_position, first_position, len(header))
 
     def _open_last(self, paths: Sequence[Path]) -> None:
@@ -159,7 +184,9 @@ class SegmentWriter:
         if torn_bytes:
             os.ftruncate(self._descriptor, self.offset)
             self.recovered = TornTail(path, self.offset, torn_bytes)
-        os.fsync(self._descriptor)  # what a killed writer left in the page cache may not be on the disk yet
+        # What a killed writer left in the page cache, bytes and name, may not be on the disk yet.
+        os.fsync(self._descriptor)
+        fsync_directory(self._directory)
         if not is_marked:
             self.mark()
 
@@ -203,7 +230,12 @@ class SegmentWriter:
             self._digest.update(buffer)
         remaining: list[bytes | memoryview] = [*joined]
         while remaining:
-            written = os.writev(self._descriptor, remaining[:_BUFFERS_MAX])
+            try:
+                written = os.writev(self._descriptor, remaining[:_BUFFERS_MAX])
+            except OSError as error:
+                if error.errno in DISK_FULL and self._make_room():
+                    continue
+                raise
             self.offset += written
             done = 0
             while done < len(remaining) and written >= len(remaining[done]):

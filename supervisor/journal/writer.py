@@ -9,6 +9,9 @@ the next group gathers by itself, so a slow disk makes larger groups, not longer
 After a failed write or sync the file's state is unknown (a second `fsync` may succeed although pages were dropped), so
 the first error ends the writer for good: every later call raises it, and a new `Journal` on the directory reads what
 is really there. `durable_position` stays true throughout.
+
+A write (not a sync) that meets a full disk gives up the reserve, if there is one, and goes on where it stopped; then
+`is_on_reserve` says that it is time to take nothing more in. When that room is full too, the failure is final.
 """
 
 from __future__ import annotations
@@ -25,8 +28,9 @@ from typing import TYPE_CHECKING, Final, Self
 import msgspec
 
 from esper_simic.errors import BudgetExceeded, ContractError, InvariantViolation, UnavailableError
+from supervisor import faults
 from supervisor.clock import Clock, SystemClock
-from supervisor.files import exclusive_lock, fsync_directory
+from supervisor.files import DISK_FULL, FileLock, Reserve, exclusive_lock, fsync_directory
 from supervisor.journal.format import (
     FRAMES_MAX,
     KIND_BYTES_MAX,
@@ -57,6 +61,8 @@ class JournalCounters:
     """Bytes appended and not durable yet."""
     backlog_waits: int
     """Appends that had to wait because the backlog was full."""
+    reserves_given_up: int
+    """How often the reserve was given up to a full disk."""
 
 
 class Journal:
@@ -72,6 +78,8 @@ class Journal:
         commit_bytes_max: Queued bytes that start a commit at once.
         backlog_bytes_max: Queued and not yet durable bytes at which `append` blocks until the disk has caught up
             (counted as `backlog_waits`). A single longer record passes when nothing else is queued.
+        reserve: Room that is given up when the disk is full, so that what was appended so far can still be written;
+            the journal's own until `close`, which gives it back to the disk.
         clock: Stamps the records.
 
     Raises:
@@ -91,6 +99,7 @@ class Journal:
         commit_records_max: int = 256,
         commit_bytes_max: int = MIB,
         backlog_bytes_max: int = 64 * MIB,
+        reserve: Reserve | None = None,
         clock: Clock | None = None,
     ) -> None:
         self.directory = Path(directory)
@@ -98,16 +107,15 @@ class Journal:
         self._commit_records_max = commit_records_max
         self._commit_bytes_max = commit_bytes_max
         self._backlog_bytes_max = backlog_bytes_max
+        self._reserve = reserve
+        self._reserves_given_up = 0
         self._clock = clock or SystemClock()
         self._encoder = msgspec.msgpack.Encoder()
         with contextlib.ExitStack() as undo:
-            try:
-                self.directory.mkdir(parents=True, exist_ok=True)
-                fsync_directory(self.directory.parent)
-                self._file_lock = undo.enter_context(exclusive_lock(self.directory / LOCK_NAME))
-                self._segments = SegmentWriter(self.directory, owner, run_id, segment_bytes_max)
-            except OSError as error:
-                raise UnavailableError(f"cannot open the journal {self.directory}: {error}") from error
+            self._file_lock, self._segments = self._open(owner, run_id, segment_bytes_max)
+            undo.callback(self._file_lock.close)
+            undo.callback(self._segments.close)
+            self.hold_reserve()
             undo.pop_all()
         self._lock = threading.Lock()
         self._work = threading.Condition(self._lock)  # the flusher waits here
@@ -127,10 +135,46 @@ class Journal:
         self._flusher = threading.Thread(target=self._run, name=f"journal {owner}", daemon=True)
         self._flusher.start()
 
+    def _open(self, owner: str, run_id: str, segment_bytes_max: int) -> tuple[FileLock, SegmentWriter]:
+        """Lock the directory and open its newest segment; on a full disk once more, with the last life's reserve."""
+        while True:
+            with contextlib.ExitStack() as undo:
+                try:
+                    self.directory.mkdir(parents=True, exist_ok=True)
+                    fsync_directory(self.directory.parent)
+                    lock = undo.enter_context(exclusive_lock(self.directory / LOCK_NAME))
+                    segments = SegmentWriter(
+                        self.directory, owner, run_id, segment_bytes_max, self._give_up_reserve
+                    )
+                except OSError as error:
+                    if error.errno in DISK_FULL and self._give_up_reserve():
+                        continue
+                    raise UnavailableError(f"cannot open the journal {self.directory}: {error}") from error
+                undo.pop_all()
+                return lock, segments
+
     @property
     def recovered(self) -> TornTail | None:
         """The torn tail that was cut off at opening, if there was one."""
         return self._segments.recovered
+
+    @property
+    def is_on_reserve(self) -> bool:
+        """Whether there is a reserve and it is not held: the disk is full, or too full for it."""
+        return self._reserve is not None and not self._reserve.is_held
+
+    def hold_reserve(self) -> bool:
+        """Try to keep the reserve back again; whether it is held now, or there is none to hold.
+
+        Raises:
+            UnavailableError: The disk refused for another reason than being full.
+        """
+        if self._reserve is None:
+            return True
+        try:
+            return self._reserve.hold()
+        except OSError as error:
+            raise UnavailableError(f"cannot keep room in {self._reserve.path}: {error}") from error
 
     @property
     def next_position(self) -> int:
@@ -155,7 +199,12 @@ class Journal:
         """Figures for metrics and benchmarks."""
         with self._lock:
             return JournalCounters(
-                self._records, self._bytes, self._commits, self._backlog_bytes, self._backlog_waits
+                self._records,
+                self._bytes,
+                self._commits,
+                self._backlog_bytes,
+                self._backlog_waits,
+                self._reserves_given_up,
             )
 
     def append(self, kind: str, header: object, frames: Iterable[Buffer] = ()) -> int:
@@ -176,6 +225,7 @@ class Journal:
             UnavailableError: The writer has failed; which records are durable, `durable_position` tells.
             InvariantViolation: The journal is closed.
         """
+        faults.point("journal.append.before")
         entry_kind = kind.encode()
         entry_header = self._encoder.encode(header)
         entry_frames = tuple(
@@ -196,6 +246,7 @@ class Journal:
                 self._work.notify()
             elif self._is_group_full():
                 self._work.notify()
+        faults.point("journal.append.after")
         return position
 
     def sync(self) -> int:
@@ -248,6 +299,8 @@ class Journal:
             self._progress.notify_all()
         self._flusher.join()
         self._segments.close()
+        if self._reserve is not None:
+            self._reserve.give_up()
         self._file_lock.close()
         os.close(self._event)
         if self._durable_position < self._next_position and not self._is_end_told:
@@ -333,6 +386,13 @@ class Journal:
                     break
             batch, self._pending, self._pending_bytes = self._pending, [], 0
             return batch
+
+    def _give_up_reserve(self) -> bool:
+        """Give the reserve up to a full disk; whether that made room."""
+        if self._reserve is None or not self._reserve.give_up():
+            return False
+        self._reserves_given_up += 1
+        return True
 
     def _commit(self, batch: list[Appended]) -> None:
         self._segments.write(batch)

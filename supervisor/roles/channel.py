@@ -49,10 +49,19 @@ class ControlChannel:
         """To be watched by a poller."""
         return self._client
 
-    def ready(self) -> None:
-        """Say that imports are done and sockets are open."""
+    def ready(self, *, learner_step: int = 0, environment_steps: int = 0) -> None:
+        """Say that imports are done and sockets are open; a learner says where it stands."""
         role, index, incarnation = self._who
-        self._client.send(Ready(role=role, index=index, incarnation=incarnation, pid=os.getpid()))
+        self._client.send(
+            Ready(
+                role=role,
+                index=index,
+                incarnation=incarnation,
+                pid=os.getpid(),
+                learner_step=learner_step,
+                environment_steps=environment_steps,
+            )
+        )
 
     def stop_requested(self) -> Stop | None:
         """The stop message, once it came."""
@@ -74,6 +83,7 @@ class ControlChannel:
         *,
         learner_step: int = 0,
         environment_steps: int = 0,
+        phase: str = "",
         waiting_for: str = "",
         metrics: dict[str, float] | None = None,
         now: bool = False,
@@ -92,6 +102,7 @@ class ControlChannel:
                 work=self._work,
                 learner_step=learner_step,
                 environment_steps=environment_steps,
+                phase=phase,
                 waiting_for=waiting_for,
                 metrics=metrics or {},
             )

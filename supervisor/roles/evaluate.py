@@ -18,9 +18,10 @@ from supervisor import checkpoints
 from supervisor.child import ChildSpec
 from supervisor.protocol import Evaluate, Evaluated, Stopped
 from supervisor.roles.channel import ControlChannel
+from supervisor.roles.fold import STATE_FILE
 
 WAIT_MS: Final = 200
-STATE_FILE: Final = "state.safetensors"
+
 POLICY_PREFIX: Final = "policy."
 
 

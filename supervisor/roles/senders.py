@@ -5,12 +5,16 @@ its lives: in its hands, on the way, or in an unroll of which something is still
 begins with what its predecessor does not hold, and inherits the rest when it is consumed.
 
 A socket keeps the order, so within a life a sequence number that is not above the newest one is a repeat. It gets the
-first answer; gaps are no fault. Bookkeeping only: nothing here sends, and nothing here needs to survive.
+first answer; gaps are no fault. Bookkeeping only: nothing here sends, and nothing here needs to survive: what a new
+life of the learner has to know is in its fold (which unrolls are not consumed yet, which sequences were answered), the
+rest the actors tell it when they greet it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Final, NamedTuple
 
 ANSWERS_KEPT: Final = 64
@@ -27,12 +31,21 @@ class Answer(NamedTuple):
     refusal: str
 
 
+class Greeting(Enum):
+    """What a `Hello` means."""
+
+    BEGUN = "a life that was not known"
+    KNOWN = "the living life says it again"
+    REFUSED = "no such actor, or a life that is over"
+
+
 @dataclass(slots=True)
 class _Life:
     peer: str
     incarnation: int
     newest_sequence: int = 0
     newest_position: int = 0
+    is_welcomed: bool = False
     answers: dict[int, Answer] = field(default_factory=dict)
 
 
@@ -50,14 +63,41 @@ class Senders:
         self._holder: dict[int, int] = {}
         self._out = [0] * actors
 
-    def greet(self, peer: str, actor: int, incarnation: int) -> bool:
-        """Begin a life; whether there is such an actor and this is a later life than the one that is known."""
+    def restore(self, unconsumed: Iterable[tuple[int, int]]) -> None:
+        """Take over the unrolls, `(ticket, actor)`, whose credits an earlier life of the learner had out."""
+        self._holder.update(unconsumed)
+
+    def greet(
+        self, peer: str, actor: int, incarnation: int, *, settled: int, unacknowledged: Collection[int]
+    ) -> Greeting:
+        """Hear a `Hello`.
+
+        Args:
+            peer: Who says it.
+            actor: The actor's index.
+            incarnation: Its life.
+            settled: The newest sequence of this life that the journal has answered.
+            unacknowledged: Sequences that it sent; those that are not settled it will send again, on credits it had.
+        """
         known = self._living.get(actor)
-        if not 0 <= actor < self._actors or (known is not None and incarnation <= known.incarnation):
-            return False
-        self._living[actor] = _Life(peer, incarnation)
-        self._out[actor] = self._held(actor)
-        return True
+        if not 0 <= actor < self._actors or (known is not None and incarnation < known.incarnation):
+            return Greeting.REFUSED
+        if known is not None and incarnation == known.incarnation:
+            return Greeting.KNOWN if known.peer == peer else Greeting.REFUSED
+        self._living[actor] = _Life(peer, incarnation, newest_sequence=settled)
+        self._out[actor] = self._held(actor) + sum(sequence > settled for sequence in unacknowledged)
+        return Greeting.BEGUN
+
+    def welcomed(self, actor: int, incarnation: int) -> None:
+        """Note that a life has been told where it stands: from now on it may be given credits."""
+        life = self._living[actor]
+        if life.incarnation == incarnation:
+            life.is_welcomed = True
+
+    def is_unknown(self, actor: int, incarnation: int) -> bool:
+        """Whether this is a life that has not greeted yet; its unrolls come again when it has."""
+        known = self._living.get(actor)
+        return known is None or incarnation > known.incarnation
 
     def peer_of(self, actor: int) -> str:
         """Where the living life of a greeted actor is reached."""
@@ -80,15 +120,23 @@ class Senders:
         return life.answers.get(sequence, Answer(life.newest_position, REPEATED))
 
     def admitted(self, actor: int, sequence: int, position: int) -> None:
-        """Note that an unroll was admitted; it holds its credit until `consumed`."""
+        """Note that an unroll was admitted; it holds its credit until `consumed`, and its position is its ticket."""
         self._holder[position] = actor
+        # Sent on a credit of an earlier life of the learner, and not named in the greeting: it counts all the same.
+        self._out[actor] = max(self._out[actor], self._held(actor))
         self._note(actor, sequence, Answer(position, ""))
 
-    def consumed(self, position: int) -> int:
+    def consumed(self, ticket: int) -> int:
         """Take back the credit of an admitted unroll; the actor to whom it is owed now."""
-        actor = self._holder.pop(position)
+        actor = self._holder.pop(ticket)
         self._out[actor] -= 1
         return actor
+
+    def release(self, actor: int) -> None:
+        """Take back every credit that the admitted unrolls of an actor hold."""
+        tickets = [ticket for ticket, holder in self._holder.items() if holder == actor]
+        for ticket in tickets:
+            self.consumed(ticket)
 
     def refused(self, actor: int, sequence: int, position: int, reason: str, *, is_credit_back: bool) -> None:
         """Note that an unroll of the living life was refused, and take its credit back if it had one."""
@@ -97,7 +145,14 @@ class Senders:
             self._out[actor] -= 1
 
     def grant(self, actor: int, count: int) -> int:
-        """How many of these credits can be given without exceeding the limit; they are out from now on."""
+        """How many of these credits can be given without exceeding the limit; they are out from now on.
+
+        An actor that was not welcomed yet gets none, for its credits begin anew with the welcome: what is owed to it is
+        counted then.
+        """
+        life = self._living.get(actor)
+        if life is None or not life.is_welcomed:
+            return 0
         granted = max(0, min(count, self._credits_each - self._out[actor]))
         self._out[actor] += granted
         return granted

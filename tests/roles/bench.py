@@ -1,4 +1,8 @@
-"""A learner's loop between a real journal and real sockets, moved by hand: nothing happens that a test does not do."""
+"""A learner's life between a real journal and real sockets, moved by hand: nothing happens that a test does not do.
+
+A life can be killed (`Bench.kill`: what was not durable is gone) and followed by the next one (`Bench.live`), while the
+actors, their sockets and what they have heard stay.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +15,13 @@ from typing import Any, Self
 import numpy as np
 
 from esper_simic.config import Config, parse, to_yaml
+from esper_simic.errors import SimicError
 from esper_simic.events import EpisodeFinished
-from esper_simic.growing_host.spaces import observation_spec_of
 from esper_simic.policies.graph_policy import GraphPolicy
 from esper_simic.trajectory import encode
 from supervisor.bus import Client, Poller, Received, Server, ipc_endpoint, runtime_directory
 from supervisor.child import ChildSpec
+from supervisor.clock import ManualClock
 from supervisor.events import ChildId
 from supervisor.journal import Journal, Record, read
 from supervisor.protocol import (
@@ -28,7 +33,10 @@ from supervisor.protocol import (
     Unroll,
     Weights,
 )
-from supervisor.roles.learner import LearnerLoop
+from supervisor.roles.attempts import Attempts
+from supervisor.roles.checkpointing import Checkpointer
+from supervisor.roles.learner_loop import LearnerLoop
+from supervisor.roles.recovery import Progress, Recovery
 from tests.policies.synthetic import trajectory
 
 RUN_ID = "run-1"
@@ -78,8 +86,8 @@ class Actor:
             frame_bytes_max=2**26,
         )
 
-    def hello(self) -> Self:
-        self.client.send(Hello(actor=self.index, incarnation=self.incarnation))
+    def hello(self, unacknowledged: tuple[int, ...] = ()) -> Self:
+        self.client.send(Hello(actor=self.index, incarnation=self.incarnation, unacknowledged=unacknowledged))
         return self
 
     def message(self, version: int = 0, **changed: Any) -> Unroll:
@@ -105,22 +113,74 @@ class Actor:
 class Bench:
     """The loop, its journal, its socket, and what actors hear."""
 
-    def __init__(
-        self, directory: Path, config: Config, endpoint: str, server: Server, journal: Journal
-    ) -> None:
+    def __init__(self, directory: Path, config: Config, endpoint: str, commit_interval_ms: float) -> None:
         self.directory, self.config, self.endpoint = directory, config, endpoint
-        self.server, self.journal = server, journal
-        self.spec = observation_spec_of(config.environment)
-        spec = spec_of("learner", 0, directory, config, {"experience": endpoint})
-        self.loop = LearnerLoop(spec, config, journal, server)
+        self._commit_interval_ms = commit_interval_ms
+        self.clock = ManualClock()
+        self.actors: list[Actor] = []
+        self.told: list[Progress] = []
+        self.live(1)
+        self.spec = self.loop.learner.policy.spec
         self.policy = GraphPolicy(self.spec, config.simic_trainer, np.random.default_rng(0))
         self.initial_weights = {n: t.clone() for n, t in self.loop.learner.policy.state_dict().items()}
-        self.actors: list[Actor] = []
+
+    def live(self, life: int) -> Recovery:
+        """Begin a life of the learner as its main does: journal, recovery, loop."""
+        self.journal = Journal(
+            self.directory / "journal" / "learner-0",
+            owner="learner-0",
+            run_id=RUN_ID,
+            commit_interval_ms=self._commit_interval_ms,
+        )
+        self.attempts = Attempts(self.directory / "learner-0.attempts")
+        self.recovery = Recovery(
+            self.directory,
+            RUN_ID,
+            life,
+            self.config,
+            self.journal,
+            self.attempts,
+            self.clock,
+            self.told.append,
+        )
+        try:
+            learner = self.recovery.run().learner
+        except SimicError:
+            self.journal.close()
+            self.attempts.close()
+            raise
+        limits = self.config.supervisor
+        self.checkpointer = Checkpointer(
+            self.directory / "checkpoints", self.journal, RUN_ID, limits, self.clock
+        )
+        self.checkpointer.begin(learner.steps_done, self.recovery.checkpoint_step)
+        self.server = Server(self.endpoint, run_id=RUN_ID, accepts=ACCEPTS["learner"], frame_bytes_max=2**26)
+        spec = spec_of("learner", 0, self.directory, self.config, {"experience": self.endpoint}, life)
+        self.loop = LearnerLoop(spec, self.config, learner, self.journal, self.server, self.attempts)
+        self.loop.begin()
+        return self.recovery
+
+    def kill(self) -> None:
+        """End this life as SIGKILL does: what is not on the disk by now never gets there."""
+        on_disk = {path: path.read_bytes() for path in self.journal.directory.glob("*.log")}
+        self.close()
+        for path in self.journal.directory.glob("*.log"):
+            if path in on_disk:
+                path.write_bytes(on_disk[path])
+            else:
+                path.unlink()
+
+    def close(self) -> None:
+        """End this life in order."""
+        self.server.close()
+        self.journal.close()
+        self.attempts.close()
 
     def actor(self, index: int = 0, incarnation: int = 1) -> Actor:
-        """A new life of an actor that has said Hello and was heard."""
+        """A new life of an actor that has said Hello and has heard the answer; everything is durable."""
         actor = self.stranger(index, incarnation).hello()
         self.settle(actor)
+        self.make_durable()
         return actor
 
     def stranger(self, index: int = 0, incarnation: int = 1) -> Actor:
@@ -130,7 +190,11 @@ class Bench:
         return actor
 
     def frames(self, seed: int, length: int = T, lanes: int = LANES) -> list[bytes]:
-        return encode(trajectory(self.policy, seed, length, lanes, spec=self.spec))
+        """An unroll's frames; in lockstep the actor's state after the last step follows."""
+        unroll = encode(trajectory(self.policy, seed, length, lanes, spec=self.spec))
+        if self.config.supervisor.lockstep:
+            unroll.append(np.full((lanes, self.policy.state_size), seed, dtype="<f4").tobytes())
+        return unroll
 
     def send(
         self, actor: Actor, version: int = 0, *, frames: list[bytes] | None = None, **changed: Any
@@ -177,9 +241,9 @@ class Bench:
             self.settle(actor)
 
     def step_all(self) -> int:
-        """Make every update that can be made; how many."""
+        """Make every update that may be made; how many."""
         count = 0
-        while self.loop.learner.can_step():
+        while self.loop.may_step:
             self.loop.step()
             count += 1
         return count
@@ -192,23 +256,15 @@ class Bench:
 
 @contextmanager
 def bench(directory: Path, *assignments: str, commit_interval_ms: float = NEVER_MS) -> Iterator[Bench]:
-    config = make_config(*assignments)
     with runtime_directory() as sockets:
         endpoint = ipc_endpoint(sockets, "experience")
-        journal = Journal(
-            directory / "journal" / "learner-0",
-            owner="learner-0",
-            run_id=RUN_ID,
-            commit_interval_ms=commit_interval_ms,
-        )
-        server = Server(endpoint, run_id=RUN_ID, accepts=ACCEPTS["learner"], frame_bytes_max=2**26)
-        with journal, server:
-            made = Bench(directory, config, endpoint, server, journal)
-            try:
-                yield made
-            finally:
-                for actor in made.actors:
-                    actor.client.close()
+        made = Bench(directory, make_config(*assignments), endpoint, commit_interval_ms)
+        try:
+            yield made
+        finally:
+            made.close()
+            for actor in made.actors:
+                actor.client.close()
 
 
 def credits_in(actor: Actor) -> int:

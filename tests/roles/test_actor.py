@@ -1,13 +1,11 @@
-"""An actor beside a real learner's loop, in threads instead of processes: credits, weights, waiting, leaving."""
+"""An actor beside a real learner's loop: credits, weights, waiting, leaving, and learners that die."""
 
 from __future__ import annotations
 
-import threading
+import random
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,129 +13,20 @@ import safetensors.torch
 from torch import Tensor
 
 from esper_simic import seeding
-from esper_simic.errors import UnavailableError
 from esper_simic.events import ExperienceAdmitted
 from esper_simic.growing_host.vector import GrowingHostVectorEnv
 from esper_simic.policies.graph_policy import GraphPolicy
 from esper_simic.trajectory import encode
 from esper_simic.unroll import begin, unroll
-from supervisor.bus import Poller, Received, Server, ipc_endpoint, runtime_directory
-from supervisor.child import ChildSpec
+from supervisor import faults
+from supervisor.bus import Client, Poller, Server
+from supervisor.clock import ManualClock
 from supervisor.journal import Record
-from supervisor.protocol import (
-    ACCEPTS,
-    Acknowledged,
-    Credit,
-    FromChild,
-    Hello,
-    Message,
-    Noted,
-    Progress,
-    PullWeights,
-    Ready,
-    Refused,
-    Stop,
-    Stopped,
-    Unroll,
-    Weights,
-    Welcome,
-)
-from supervisor.roles import actor
-from supervisor.roles.channel import ControlChannel
-from tests.policies.synthetic import make_policy
-from tests.roles.bench import LANES, RUN_ID, Bench, T, bench, make_config, spec_of
-
-DEADLINE_S = 60.0
-BYTES_MAX = 2**26
-SMALL = (
-    "environment.max_epochs=6",
-    "environment.training_epochs_min=2",
-    "environment.train_batches=1",
-    "environment.train_batch_size=4",
-    "environment.validation_samples=20",
-)
-
-
-class Control:
-    """A supervisor's end of control lines, by hand: it notes whatever is to be noted."""
-
-    def __init__(self, server: Server, endpoint: str) -> None:
-        self.server, self.endpoint = server, endpoint
-        self.heard: list[Message] = []
-
-    def hear(self) -> None:
-        while (received := self.server.receive()) is not None:
-            assert isinstance(received, Received), received
-            self.heard.append(received.message)
-            if isinstance(received.message, Stopped):
-                self.server.send(received.peer, Noted(of="Stopped"))
-
-    def said(self, kind: type[FromChild]) -> list[Message]:
-        return [message for message in self.heard if isinstance(message, kind)]
-
-
-@contextmanager
-def control_line(name: str = "control") -> Iterator[Control]:
-    with runtime_directory() as sockets:
-        endpoint = ipc_endpoint(sockets, name)
-        with Server(endpoint, run_id=RUN_ID, accepts=ACCEPTS["control"], frame_bytes_max=BYTES_MAX) as server:
-            yield Control(server, endpoint)
-
-
-class Thread(threading.Thread):
-    """A child's main; what it raised is raised again by `finish`."""
-
-    def __init__(self, spec: ChildSpec) -> None:
-        super().__init__(daemon=True)
-        self._spec = spec
-        self._error: Exception | None = None
-
-    def run(self) -> None:
-        try:
-            actor.main(self._spec)
-        except Exception as error:  # noqa: BLE001 - handed to the test
-            self._error = error
-
-    def finish(self) -> None:
-        self.join(DEADLINE_S)
-        assert not self.is_alive()
-        if self._error is not None:
-            raise self._error
-
-
-class Pair:
-    """The loop of a learner, moved by hand, and an actor that lives its own life in a thread."""
-
-    def __init__(self, held: Bench, control: Control) -> None:
-        self.held, self.control = held, control
-
-    def begin(self, incarnation: int = 1) -> Thread:
-        endpoints = {"control": self.control.endpoint, "experience": self.held.endpoint}
-        child = Thread(spec_of("actor", 0, self.held.directory, self.held.config, endpoints, incarnation))
-        child.start()
-        return child
-
-    def turn(self) -> None:
-        self.control.hear()
-        self.held.loop.take_messages()
-        self.held.journal.sync()
-        self.held.loop.pay()
-
-    def until(self, admitted: int) -> None:
-        deadline_s = time.monotonic() + DEADLINE_S
-        while self.held.loop.learner.buffer.inserted < admitted * LANES:
-            self.turn()
-            assert time.monotonic() < deadline_s
-            time.sleep(0.002)
-
-    def stop(self, child: Thread, incarnation: int = 1) -> None:
-        self.control.server.send(f"actor-0-{incarnation}", Stop(reason="enough"))
-        deadline_s = time.monotonic() + DEADLINE_S
-        while child.is_alive():
-            self.turn()
-            assert time.monotonic() < deadline_s
-            time.sleep(0.002)
-        child.finish()
+from supervisor.protocol import Progress, Ready, Stop, Stopped, Unroll
+from supervisor.roles import actor, learner_line
+from supervisor.roles.learner_line import LearnerLine
+from tests.roles.bench import LANES, Bench, T, bench, spec_of
+from tests.roles.pair import DEADLINE_S, SMALL, Pair, control_line
 
 
 @pytest.fixture
@@ -161,7 +50,7 @@ def test_an_actor_says_ready_sends_and_leaves_when_it_is_told_to(pair: Pair) -> 
         "never more than its credits, however long it waited"
     )
     assert {event.policy_version for event in events} == {0}
-    last = [message for message in pair.control.said(Progress) if isinstance(message, Progress)][-1]
+    last = pair.control.said(Progress)[-1]
     assert (last.work, last.environment_steps) == (4, 4 * T * LANES)
 
 
@@ -245,161 +134,172 @@ def test_a_stop_before_the_welcome_is_obeyed(tmp_path: Path) -> None:
             time.sleep(0.002)
         child.finish()
         assert held.records("ExperienceAdmitted") == []
-        waits = [message.waiting_for for message in control.said(Progress) if isinstance(message, Progress)]
-        assert set(waits) <= {"learner"}
+        assert {message.waiting_for for message in control.said(Progress)} <= {"learner"}
 
 
-# -- the line alone ----------------------------------------------------------------------------------------------------
+def test_it_passes_its_fault_points_in_order_and_witnesses_what_it_was_promised(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passed: list[str] = []
+
+    def point(name: str, *_: object) -> None:  # the learner passes points in this process too
+        if name.startswith("actor."):
+            passed.append(name)
+
+    monkeypatch.setattr(faults, "point", point)
+    monkeypatch.setattr(faults, "witness", passed.append)
+    child = pair.begin()
+    pair.until(1)
+    pair.wait(lambda: passed.count("actor.acknowledged.after") == 1, pair.turn)
+    pair.stop(child)
+    position = pair.held.records("ExperienceAdmitted")[0].position
+    assert passed[:5] == [
+        "version 0",
+        "actor.weights.after",
+        "actor.unroll.after",
+        "actor.send.before",
+        "actor.send.after",
+    ]
+    assert passed.count("version 0") == 1, "it held that version for the next unroll"
+    promised = passed.index(f"acknowledged 0 1 1 {position}")
+    assert passed[promised + 1] == "actor.acknowledged.after"
 
 
-class LearnerEnd:
-    """A learner's socket without a learner."""
-
-    def __init__(self, server: Server) -> None:
-        self.server = server
-
-    def hear(self) -> tuple[Message, tuple[bytes, ...]]:
-        poller = Poller()
-        poller.add(self.server)
-        assert poller.wait(10_000)
-        received = self.server.receive()
-        assert isinstance(received, Received)
-        return received.message, received.frames
-
-    def say(self, message: Message, frames: tuple[bytes, ...] = ()) -> None:
-        self.server.send("actor-0-1", message, frames)
+# -- learners that die -------------------------------------------------------------------------------------------------
 
 
-class Ends:
-    def __init__(
-        self, learner: LearnerEnd, line: actor.LearnerLine, channel: ControlChannel, held: Control
-    ) -> None:
-        self.learner, self.line, self.channel, self.control = learner, line, channel, held
+def test_an_actor_outlives_its_learner(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(learner_line, "GREETING_INTERVAL_S", 0.1)
+    monkeypatch.setattr(actor, "WAIT_MS", 20.0)
+    child = pair.begin()
+    pair.until(4)
+    pair.held.kill()
+    # It waits, says so, and does not give up.
+    pair.wait(
+        lambda: any(message.waiting_for == "learner" for message in pair.control.said(Progress)[1:]),
+        pair.control.hear,
+    )
+    assert child.is_alive()
+    pair.held.live(2)
+    pair.wait(lambda: pair.held.loop.learner.unrolls(0) >= 10, pair.step_turn)
+    pair.stop(child)
+    events = admitted(pair)
+    assert [event.sequence for event in events] == list(range(1, len(events) + 1))
+    assert {event.incarnation for event in events} == {1}
+    assert events[-1].policy_version > 0
+    assert pair.held.records("ExperienceRefused") == []
 
-    def arrive(self, policy: GraphPolicy | None = None) -> bool:
-        """Wait until something is there, then take it."""
+
+def _await(end: Client | Server) -> None:
+    """Give the sockets' own threads a moment to bring what was said."""
+    poller = Poller()
+    poller.add(end)
+    poller.wait(3)
+
+
+class Lives:
+    """One life of an actor's line and many of a learner, moved by chance."""
+
+    def __init__(self, held: Bench, seed: int) -> None:
+        self.held, self.random = held, random.Random(seed)
+        self.clock = ManualClock()
+        spec = spec_of("actor", 0, held.directory, held.config, {"experience": held.endpoint})
+        self.line = LearnerLine(spec, held.config, self.clock)
+        self.life, self.sequence = 1, 0
+        self.acknowledged: dict[int, int] = {}
+        self._frames = held.frames(0)
+
+    def witness(self, promise: str) -> None:
+        kind, *numbers = promise.split()
+        assert kind == "acknowledged"
+        _, _, sequence, position = map(int, numbers)
+        self.acknowledged[sequence] = position
+
+    def act(self) -> None:
+        """As an actor does, but for the work."""
+        _await(self.line.client)
+        if not self.line.seek_turn():
+            return
+        self.line.take_weights()
+        self.sequence += 1
+        message = Unroll(
+            actor=0,
+            incarnation=1,
+            sequence=self.sequence,
+            policy_version=self.line.version,
+            lanes=LANES,
+            steps=T,
+            episode_numbers=[0] * LANES,
+            episodes=[],
+        )
+        self.line.send(message, self._frames)
+
+    def wait(self) -> None:
+        self.clock.advance(1.1)
+        self.act()
+
+    def hear(self) -> None:
+        _await(self.held.server)
+        self.held.loop.take_messages()
+
+    def sync(self) -> None:
+        self.held.journal.sync()
+        self.held.loop.pay()
+
+    def step(self) -> None:
+        if self.held.loop.may_step:
+            self.held.loop.step()
+
+    def die(self) -> None:
+        self.life += 1
+        self.held.kill()
+        if self.random.random() < 0.5:  # it is noticed now or later
+            self.act()
+            self.wait()
+        self.held.live(self.life)
+
+    def move(self) -> None:
+        moves = [self.act, self.hear, self.sync, self.step, self.wait, self.die]
+        self.random.choices(moves, [24, 24, 18, 12, 6, 1])[0]()
+        assert len(self.held.loop.learner.unconsumed()) <= self.held.config.supervisor.unrolls_in_flight
+
+    def is_quiet(self) -> bool:
+        """Whether all was said, and every credit is in the actor's hands or held by an unroll not consumed yet."""
+        out = self.line.credits + len(self.held.loop.learner.unconsumed())
+        return not self.line.unanswered and out == self.held.config.supervisor.unrolls_in_flight
+
+    def settle(self) -> None:
+        """Let them talk until all is quiet."""
         poller = Poller()
         poller.add(self.line.client)
-        assert poller.wait(10_000)
-        return self.line.take(policy)
+        poller.add(self.held.server)
+        deadline_s = time.monotonic() + DEADLINE_S
+        while not self.is_quiet():
+            assert time.monotonic() < deadline_s, (self.line.unanswered, self.line.credits)
+            poller.wait(20)
+            self.clock.advance(0.1)
+            self.line.take()
+            self.held.loop.take_messages()
+            self.sync()
 
 
-@pytest.fixture
-def ends(tmp_path: Path) -> Iterator[Ends]:
-    config = make_config(*SMALL)
-    with control_line() as control, runtime_directory() as sockets:
-        endpoint = ipc_endpoint(sockets, "experience")
-        spec = spec_of("actor", 0, tmp_path, config, {"control": control.endpoint, "experience": endpoint})
-        with Server(endpoint, run_id=RUN_ID, accepts=ACCEPTS["learner"], frame_bytes_max=BYTES_MAX) as server:
-            line = actor.LearnerLine(spec, config)
-            with ControlChannel(spec, BYTES_MAX) as channel:
-                channel.ready()
-                learner = LearnerEnd(server)
-                assert learner.hear()[0] == Hello(actor=0, incarnation=1)
-                yield Ends(learner, line, channel, control)
-            line.close()
-
-
-def make_unroll(sequence: int) -> Unroll:
-    return Unroll(
-        actor=0,
-        incarnation=1,
-        sequence=sequence,
-        policy_version=0,
-        lanes=LANES,
-        steps=T,
-        episode_numbers=[0] * LANES,
-        episodes=[],
-    )
-
-
-def test_the_line_counts_credits_and_what_is_not_answered(ends: Ends) -> None:
-    ends.learner.say(Welcome(first_episodes=[5, 6, 7, 8]))
-    ends.learner.say(Credit(count=2, policy_version=9))
-    while ends.line.credits < 2:
-        assert not ends.arrive()
-    assert (ends.line.first_episodes, ends.line.newest_version) == ([5, 6, 7, 8], 9)
-    for sequence in (1, 2):
-        ends.line.send(make_unroll(sequence), [b"frame"])
-        assert ends.learner.hear() == (make_unroll(sequence), (b"frame",))
-    assert (ends.line.credits, ends.line.unacknowledged) == (0, {1, 2})
-    ends.learner.say(Acknowledged(sequence=1, position=3))
-    ends.learner.say(Refused(sequence=2, reason="too_old"))
-    while ends.line.unacknowledged:
-        assert not ends.arrive()
-    assert (ends.line.refused, ends.line.credits) == (1, 0), "a credit is a message of its own"
-
-
-def test_new_weights_are_loaded_and_an_empty_answer_is_one_too(ends: Ends) -> None:
-    policy = make_policy(1)
-    other = {name: tensor + 1 for name, tensor in policy.state_dict().items()}
-    ends.line.ask_weights()
-    assert ends.learner.hear()[0] == PullWeights(have_version=-1)
-    ends.learner.say(Weights(version=7), (safetensors.torch.save(other),))
-    assert ends.arrive(policy)
-    assert ends.line.version == 7
-    assert all(tensor.equal(other[name]) for name, tensor in policy.state_dict().items())
-    ends.line.ask_weights()
-    assert ends.learner.hear()[0] == PullWeights(have_version=7)
-    ends.learner.say(Weights(version=7))
-    assert ends.arrive(policy)
-    assert ends.line.version == 7
-    assert all(tensor.equal(other[name]) for name, tensor in policy.state_dict().items())
-
-
-class CountingPoller(Poller):
-    """Counts waits that came to their end and waits that were cut short; moves the learner's end meanwhile.
-
-    After `credit_after` quiet waits the learner gives a credit; the question that follows is answered if wanted.
-    """
-
-    def __init__(self, ends: Ends, *, credit_after: int, is_answering: bool) -> None:
-        super().__init__()
-        self._ends, self._credit_after, self._is_answering = ends, credit_after, is_answering
-        self.quiet = self.woken = 0
-        self.add(ends.channel.client)
-        self.add(ends.line.client)
-
-    def wait(self, timeout_ms: float) -> frozenset[Any]:
-        if self._is_answering and self._ends.line.credits > 0:
-            assert self._ends.learner.hear()[0] == PullWeights(have_version=-1)
-            self._ends.learner.say(Weights(version=-1))
-        seen = super().wait(timeout_ms)
-        self.woken += bool(seen)
-        self.quiet += not seen
-        if not seen and self.quiet == self._credit_after:
-            self._ends.learner.say(Credit(count=1, policy_version=0))
-        return seen
-
-
-def test_waiting_for_a_credit_sleeps_and_only_then_asks_for_weights(
-    ends: Ends, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("seed", range(4))
+def test_whenever_learners_die_each_unroll_is_admitted_once_in_order_and_no_credit_is_lost_or_made(
+    tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(actor, "WAIT_MS", 20.0)
-    poller = CountingPoller(ends, credit_after=5, is_answering=True)
-    began_s = time.monotonic()
-    assert actor._await_turn(ends.channel, ends.line, poller, make_policy(), 0)
-    assert time.monotonic() - began_s >= 5 * 0.02, "five quiet waits take their time"
-    assert poller.quiet >= 5
-    assert poller.woken <= 2, "it looked only when something had come: the credit, the weights"
-    ends.control.hear()
-    waits = [message.waiting_for for message in ends.control.said(Progress) if isinstance(message, Progress)]
-    assert waits[0] == "credit"
-
-
-def test_waiting_ends_with_a_stop(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(actor, "WAIT_MS", 20.0)
-    while not ends.control.said(Ready):
-        ends.control.hear()
-    ends.control.server.send("actor-0-1", Stop(reason="enough"))
-    poller = CountingPoller(ends, credit_after=0, is_answering=False)
-    assert not actor._await_turn(ends.channel, ends.line, poller, make_policy(), 0)
-
-
-def test_a_learner_that_gives_no_weights_is_unavailable(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(actor, "WAIT_MS", 5.0)
-    monkeypatch.setattr(actor, "ANSWER_TIMEOUT_POLLS", 4)
-    poller = CountingPoller(ends, credit_after=3, is_answering=False)
-    with pytest.raises(UnavailableError, match="no weights in 0.02 s"):
-        actor._await_turn(ends.channel, ends.line, poller, make_policy(), 0)
-    assert poller.quiet == 3 + 5, "a credit may be long in coming, an answer may not"
+    with bench(tmp_path) as held:
+        lives = Lives(held, seed)
+        monkeypatch.setattr(faults, "witness", lives.witness)
+        try:
+            moves = 0
+            while lives.sequence < 8 or lives.life < 5:
+                lives.move()
+                moves += 1
+                assert moves < 5_000, "nothing goes on"
+            lives.settle()
+        finally:
+            lives.line.close()
+        events = {record.position: record.header["sequence"] for record in held.records("ExperienceAdmitted")}
+        assert list(events.values()) == list(range(1, lives.sequence + 1))
+        assert {sequence: position for position, sequence in events.items()} == lives.acknowledged
+        assert held.records("ExperienceRefused") == []

@@ -33,7 +33,7 @@ def learned(tmp_path: Path) -> Iterator[Bench]:
 
 
 def save(learned: Bench) -> tuple[Checkpoint, Path]:
-    saved = learned.loop.save(learned.directory / "checkpoints")
+    saved = learned.checkpointer.save(learned.loop.learner)
     return saved, Path(saved.path)
 
 
@@ -43,21 +43,25 @@ def test_a_checkpoint_holds_the_state_and_stands_in_the_journal(learned: Bench) 
     manifest, files = checkpoints.load(directory)
     assert set(files) == {"state.safetensors", "numbers.json"}
     tensors = safetensors.torch.load(files["state.safetensors"])
-    state = learner.state_tensors()
-    assert tensors.keys() == state.keys()
-    assert all(tensors[name].equal(state[name]) for name in state)
+    state = learner.state()
+    assert tensors.keys() == state.tensors.keys()
+    assert all(tensors[name].equal(state.tensors[name]) for name in tensors)
     assert any(name.startswith("optimizer.") for name in tensors)
-    assert json.loads(files["numbers.json"]) == json.loads(json.dumps(learner.state_numbers()))
+    assert json.loads(files["numbers.json"]) == json.loads(
+        json.dumps({"numbers": state.numbers, "addresses": state.addresses})
+    )
 
     record = learned.records("CheckpointSaved")[-1]
     event = record.header_as(CheckpointSaved)
     assert (event.step, event.environment_steps) == (learner.steps_done, learner.environment_steps)
     assert event.directory == directory.name
     assert event.files == {name: file.sha256 for name, file in manifest.files.items()}
-    assert manifest.journal_position == record.position, (
+    (staged,) = learned.records("CheckpointStaged")
+    assert manifest.journal_position == event.staged_at == staged.position, (
         "the state of everything before it, and of nothing else"
     )
-    assert event.state_digest == manifest.state_digest == saved.digest == learner.state_digest()
+    assert staged.header["state_digest"] == state.digest
+    assert event.state_digest == manifest.state_digest == saved.digest == state.digest
     assert (manifest.run_id, manifest.step) == ("run-1", learner.steps_done)
     assert manifest.fingerprint["torch"]
 
@@ -67,7 +71,7 @@ def test_nothing_owed_is_lost_and_everything_before_is_durable(learned: Bench) -
     before = learned.journal.next_position
     assert learned.journal.durable_position < before
     save(learned)
-    assert learned.journal.durable_position == before + 1
+    assert learned.journal.durable_position == before + 2, "that it was staged, and that it counts"
 
 
 def test_the_loaded_policy_is_the_learners(learned: Bench) -> None:

@@ -140,7 +140,7 @@ def test_the_learned_policy_comes_from_its_checkpoint(
     tmp_path: Path, evaluator: Evaluator, config: Config
 ) -> None:
     with bench(tmp_path / "learner", *SMALL) as held:
-        saved = held.loop.save(held.directory / "checkpoints")
+        saved = held.checkpointer.save(held.loop.learner)
         told = evaluator.measure(LEARNED, saved.path)
         trainer = config.simic_trainer
         expected = evaluate(

@@ -13,11 +13,10 @@ import safetensors.torch
 import zmq
 
 from esper_simic.events import ExperienceAdmitted, ExperienceRefused, LearnerStepped
-from esper_simic.learner import Learner
-from esper_simic.trajectory import decode
 from supervisor.bus import Client, Received
 from supervisor.protocol import ACCEPTS, Acknowledged, Credit, Hello, PullWeights, Refused, Weights, Welcome
 from supervisor.roles import senders
+from supervisor.roles.fold import LearnerFold
 from tests.roles.bench import LANES, Actor, Bench, T, bench, credits_in, episode
 
 IN_FLIGHT = 2
@@ -43,16 +42,33 @@ def fill(held: Bench, actor: Actor, unrolls: int = 2) -> None:
 
 def test_a_greeting_is_answered_with_where_to_begin_and_with_credits(held: Bench) -> None:
     actor = held.actor()
-    assert actor.heard == [Welcome(first_episodes=[0] * LANES), Credit(count=IN_FLIGHT, policy_version=0)]
+    assert actor.heard == [
+        Welcome(learner=1, first_episodes=[0] * LANES, settled=0, unrolls=0),
+        Credit(count=IN_FLIGHT, policy_version=0),
+    ]
+
+
+def test_a_greeting_is_answered_once_all_that_it_tells_is_durable(held: Bench) -> None:
+    old = held.actor()
+    held.send(old, episode_numbers=[5] * LANES)
+    new = held.stranger(incarnation=2).hello()
+    held.settle(new)
+    held.pay()
+    assert new.heard == [], "the episodes that it is told of are admitted, and not durable"
+    held.make_durable()
+    assert new.heard == [
+        Welcome(learner=1, first_episodes=[6] * LANES, settled=0, unrolls=1),
+        Credit(count=IN_FLIGHT, policy_version=0),
+    ], "what only filled the buffer was consumed at once"
 
 
 def test_a_new_life_begins_behind_every_episode_that_was_admitted(held: Bench) -> None:
     old = held.actor()
     held.send(old, episode_numbers=[3, 0, 0, 0], episodes=[episode(lane=1, number=6)])
     new = held.actor(incarnation=2)
-    assert new.take(Welcome) == [Welcome(first_episodes=[4, 8, 1, 1])]
+    assert new.take(Welcome) == [Welcome(learner=1, first_episodes=[4, 8, 1, 1], settled=0, unrolls=1)]
     other = held.actor(1)
-    assert other.take(Welcome) == [Welcome(first_episodes=[0] * LANES)]
+    assert other.take(Welcome) == [Welcome(learner=1, first_episodes=[0] * LANES)]
 
 
 def test_nothing_is_acknowledged_before_the_journal_has_it(held: Bench) -> None:
@@ -159,7 +175,7 @@ def test_what_only_fills_the_buffer_gives_its_credit_back_with_the_acknowledgeme
     actor.heard.clear()
     held.send(actor)
     held.make_durable()
-    assert actor.heard == [Acknowledged(sequence=1, position=0), Credit(count=1, policy_version=0)]
+    assert actor.heard == [Acknowledged(sequence=1, position=1), Credit(count=1, policy_version=0)]
 
 
 def test_a_new_life_gets_the_credits_that_its_predecessor_does_not_hold(held: Bench) -> None:
@@ -179,9 +195,12 @@ def test_a_new_life_gets_the_credits_that_its_predecessor_does_not_hold(held: Be
 def test_a_greeting_said_twice_gives_nothing_twice(held: Bench) -> None:
     actor = held.actor()
     assert credits_in(actor) == IN_FLIGHT
+    first = actor.take(Welcome)
     actor.hello()
     held.settle(actor)
+    held.make_durable()
     assert credits_in(actor) == 0
+    assert actor.take(Welcome) == first, "it is answered all the same: the first answer may have been lost"
 
 
 def test_a_greeting_of_an_earlier_life_does_not_unseat_the_living_one(held: Bench) -> None:
@@ -198,6 +217,7 @@ def test_an_actor_that_the_run_does_not_have_is_not_greeted(held: Bench, index: 
     stranger = held.stranger(0)
     stranger.client.send(Hello(actor=index, incarnation=1))
     held.settle(stranger)
+    held.make_durable()
     assert stranger.heard == []
     assert held.loop.counters()["refused.greeting"] == 1
 
@@ -355,14 +375,38 @@ def test_an_unroll_of_a_dead_life_is_refused_and_gives_nobody_a_credit(held: Ben
 
 
 def test_nobody_speaks_for_another_life(held: Bench) -> None:
-    actor = held.actor()
-    held.send(actor, incarnation=2)
-    stranger = held.stranger(1)
-    held.send(stranger)
+    actor, impostor = held.actor(incarnation=2), held.stranger(1, incarnation=2)
+    held.send(actor, incarnation=1)
+    impostor.index, index = 0, impostor.index
+    held.send(impostor)
+    impostor.index = index
     held.make_durable()
     assert [told.reason for told in actor.take(Refused)] == ["not_the_living_incarnation"]
-    assert [told.reason for told in stranger.take(Refused)] == ["not_the_living_incarnation"]
+    assert [told.reason for told in impostor.take(Refused)] == ["not_the_living_incarnation"]
     assert held.records("ExperienceAdmitted") == []
+    learner = held.loop.learner
+    assert (learner.settled(0, 2), learner.settled(0, 1)) == (0, 0), (
+        "what others say settles nothing of a life's own"
+    )
+
+
+def test_what_comes_before_its_greeting_is_counted_and_not_answered(held: Bench) -> None:
+    """Its sender says Hello to this life of the learner and sends it again; an answer now would settle it."""
+    stranger, actor = held.stranger(1), held.actor()
+    before = held.journal.next_position
+    held.send(stranger)
+    held.send(actor, incarnation=2)
+    held.make_durable()
+    assert stranger.heard == []
+    assert [message for message in actor.heard if isinstance(message, (Acknowledged, Refused))] == []
+    assert held.journal.next_position == before
+    assert held.loop.counters() == {"refused.before_greeting": 2.0}
+    stranger.hello((1,))
+    held.settle(stranger)
+    stranger.sequence = 0
+    held.send(stranger)
+    held.make_durable()
+    assert [told.sequence for told in stranger.take(Acknowledged)] == [1]
 
 
 def test_what_is_no_message_at_all_is_counted_and_stops_nobody(held: Bench) -> None:
@@ -401,7 +445,7 @@ def test_a_repeated_unroll_is_acknowledged_with_the_first_position_and_not_taken
     assert actor.take(Acknowledged) == [], "a repeat does not make anything durable"
     held.make_durable()
     told = actor.take(Acknowledged)
-    assert told == [Acknowledged(sequence=first.sequence, position=2)] * 2
+    assert told == [Acknowledged(sequence=first.sequence, position=3)] * 2
     assert [record.header["sequence"] for record in held.records("ExperienceAdmitted")] == [1, 2, 3]
     assert held.loop.learner.buffer.inserted == 3 * LANES
     assert held.loop.learner.environment_steps == 3 * T * LANES
@@ -451,6 +495,24 @@ def test_a_gap_in_the_sequence_is_no_fault_and_a_new_life_counts_anew(held: Benc
     assert [(event["incarnation"], event["sequence"]) for event in admitted] == [(1, 1), (1, 8), (2, 1)]
 
 
+def test_who_is_gone_before_it_is_answered_stops_nobody(held: Bench) -> None:
+    gone, actor = held.actor(0), held.actor(1)
+    held.send(gone)
+    gone.client.close()
+    held.actors.remove(gone)
+    for _ in range(500):  # until the server has noticed
+        held.settle(actor)
+        held.loop._send("actor-0-1", Acknowledged(sequence=0, position=0))
+        if "refused.undeliverable" in held.loop.counters():
+            break
+    before = held.loop.counters()["refused.undeliverable"]
+    held.make_durable()
+    assert held.loop.counters()["refused.undeliverable"] == before + 2, "an acknowledgement and a credit"
+    held.send(actor)
+    held.make_durable()
+    assert len(actor.take(Acknowledged)) == 1
+
+
 # -- the journal is the truth ------------------------------------------------------------------------------------------
 
 
@@ -466,22 +528,17 @@ def test_the_journal_alone_gives_the_same_digests(tmp_path: Path) -> None:
         made = held.loop.learner
         assert made.steps_done >= 4
         assert held.loop.counters()["refused.too_old"] >= 1
-        records = held.records()
-        fresh = Learner(held.config, held.spec)
-        for record in records:
-            if record.kind == "ExperienceAdmitted":
-                event = record.header_as(ExperienceAdmitted)
-                trajectory = decode(
-                    record.frames, held.spec, event.length, event.lanes, fresh.policy.state_size
-                )
-                fresh.admit(record.position, event, trajectory)
-            elif record.kind == "ExperienceRefused":
-                fresh.count_refused(record.header_as(ExperienceRefused).steps)
-            else:
-                report, stepped = fresh.step(), record.header_as(LearnerStepped)
+        fold = LearnerFold(held.config, held.journal.directory, held.directory / "checkpoints")
+        state_digests = 0
+        for record in held.records():
+            folded = fold.take(record)
+            if isinstance(folded.event, LearnerStepped):
+                report, stepped = folded.report, folded.event
+                assert report is not None
                 assert (report.digest, report.state_digest) == (stepped.digest, stepped.state_digest)
-                assert (report.environment_steps, report.metrics) == (
-                    stepped.environment_steps,
-                    stepped.metrics,
-                )
-        assert fresh.state_digest() == made.state_digest()
+                assert report.environment_steps == stepped.environment_steps
+                assert report.metrics == stepped.metrics
+                state_digests += stepped.state_digest is not None
+        assert state_digests == made.steps_done // 2
+        assert fold.learner.state().digest == made.state().digest
+        assert fold.learner.state().addresses == made.state().addresses

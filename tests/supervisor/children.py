@@ -56,7 +56,8 @@ class Line:
 def echo(spec: ChildSpec) -> None:
     """Ready, progress, and out when asked; a learner leaves a checkpoint."""
     line = Line(spec)
-    work = 0
+    work = 1  # what a learner finds in its journal
+    line.progress(work)
     while not isinstance(line.hear(20), Stop):
         work += 1
         line.progress(work)
@@ -88,6 +89,36 @@ def evaluate(spec: ChildSpec) -> None:
     line.client.close()
 
 
+def evaluate_one_and_die(spec: ChildSpec) -> None:
+    """Measure one policy in all lives, then be no more."""
+    line = Line(spec)
+    while not isinstance(message := line.hear(1000), Evaluate):
+        pass
+    line.tell(
+        Evaluated(
+            **line.who,  # type: ignore[arg-type]
+            policy=message.policy,
+            returns=(7.0,) * message.episodes,
+            accuracies=(1.0,) * message.episodes,
+            parameters=(2.0,) * message.episodes,
+            summary={"return_mean": 7.0},
+        )
+    )
+    os._exit(3)
+
+
+def leave_slowly(spec: ChildSpec) -> None:
+    """As `echo`, but a second passes between the stop and the farewell."""
+    line = Line(spec)
+    work = 0
+    while not isinstance(line.hear(20), Stop):
+        work += 1
+        line.progress(work)
+    line.hear(1000)
+    line.tell(Stopped(**line.who))  # type: ignore[arg-type]
+    line.client.close()
+
+
 def die(spec: ChildSpec) -> None:
     """Ready, then an error."""
     Line(spec)
@@ -105,6 +136,16 @@ def misconfigured(spec: ChildSpec) -> None:
     from esper_simic.errors import ConfigError
 
     raise ConfigError("no such host", "environment.host")
+
+
+def misconfigured_once(spec: ChildSpec) -> None:
+    """The first life says why it needs a person, later ones only leave with that status."""
+    if spec.who.incarnation > 1:
+        os._exit(78)
+    sys.stderr.write("configuration: an earlier word\n")
+    from esper_simic.errors import ConfigError
+
+    raise ConfigError("the last word")
 
 
 def hang_in_a_named_place(spec: ChildSpec) -> None:

@@ -6,10 +6,11 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
-from esper_simic.events import ExperienceAdmitted, ExperienceRefused, LearnerStepped
+from esper_simic.events import CheckpointSaved, ExperienceAdmitted, ExperienceRefused, LearnerStepped
 from supervisor import files
 from supervisor.bus import Poller, Received, Server, ipc_endpoint, runtime_directory
 from supervisor.clock import ManualClock
@@ -33,7 +34,8 @@ def record(run_dir: Path, events: Iterable[AnyEvent]) -> Path:
 
 
 def record_learner(
-    run_dir: Path, *events: tuple[float, LearnerStepped | ExperienceAdmitted | ExperienceRefused]
+    run_dir: Path,
+    *events: tuple[float, LearnerStepped | ExperienceAdmitted | ExperienceRefused | CheckpointSaved],
 ) -> None:
     """Write a learner's journal: each event with the wall clock's seconds."""
     clock = ManualClock()
@@ -74,9 +76,9 @@ def refused(steps: int) -> ExperienceRefused:
     )
 
 
-def training() -> World:
+def training(**config: Any) -> World:
     """Everybody ready since 3 s."""
-    world = World(max_seconds=60.0)
+    world = World(max_seconds=60.0, **config)
     world.now_s = 3.0
     world.train()
     return world
@@ -106,8 +108,8 @@ def stopped() -> World:
 
 
 def failed() -> World:
-    """The learner died."""
-    world = training()
+    """The learner died so often that it was given up."""
+    world = training(max_restarts=0)
     world.now_s = 10.0
     world.gone(LEARNER, ExitReason.ERROR, "exit status 1")
     for index in (0, 1):

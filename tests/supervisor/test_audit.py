@@ -112,11 +112,32 @@ def test_missing_segments(journal_directory, tmp_path):
         if index == 0:
             until = int(paths[1].stem) - 1
             assert damage == Damage(
-                paths[1].name, 0, f"it is the oldest segment; positions 0 to {until} are missing"
+                paths[1].name,
+                0,
+                f"it is the oldest segment; positions 0 to {until} are missing: no {paths[0].name} stands here",
             )
         else:
             assert (damage.segment, damage.offset) == (paths[0].name, paths[0].stat().st_size)
-            assert f"positions {int(paths[1].stem)} to {int(paths[2].stem) - 1}" in damage.reason
+            assert damage.reason.startswith(
+                f"between {paths[0].name} and {paths[2].name} positions {int(paths[1].stem)} to "
+                f"{int(paths[2].stem) - 1} are missing: no {paths[1].name} stands here"
+            )
+
+
+def test_a_segment_that_begins_again_before_the_last_one_ends(journal_directory, tmp_path):
+    """Of the same run and owner, each whole: as when two copies of a journal were laid over each other."""
+    other = tmp_path / "other"
+    with Journal(other, owner="bus", run_id="r") as journal:
+        for index in range(7):
+            journal.append("Other", {"index": index})
+            journal.sync()
+    shutil.copy(segment_paths(other)[0], journal_directory)
+    second = segment_paths(journal_directory)[1]
+    (damage,) = verify(journal_directory).damage
+    assert damage.segment == f"{0:020d}.log"
+    assert damage.reason == (
+        f"between {damage.segment} and {second.name} positions {int(second.stem)} to 6 stand twice"
+    )
 
 
 def test_records_cut_off_at_a_boundary_of_a_closed_segment_are_missed(journal_directory):

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import stat
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,6 +29,7 @@ from supervisor.bus import (
     runtime_directory,
 )
 from supervisor.protocol import Message, Noted, Progress, Ready, Stop
+from tests.sockets import losses_of
 
 BYTES_MAX = 2**20
 WAIT_MS = 5_000
@@ -219,6 +223,93 @@ def test_the_runtime_directory_is_private_and_goes_away(
 def test_a_socket_path_longer_than_the_kernel_allows_says_what_to_set() -> None:
     with pytest.raises(UnavailableError, match="RUNTIME_DIRECTORY"):
         ipc_endpoint(Path("/" + "d" * 110), "control")
+
+
+# A server that dies and another that takes its place
+
+
+def work_heard(server: Server, until: int) -> list[int]:
+    """The `work` of the Progress messages that come, up to and including `until`; every one must be whole."""
+    heard: list[int] = []
+    while not heard or heard[-1] != until:
+        received = await_message(server)
+        assert isinstance(received, Received), received
+        assert isinstance(received.message, Progress)
+        assert received.frames == big_frames(received.message.work)
+        heard.append(received.message.work)
+    return heard
+
+
+def big_frames(work: int) -> tuple[bytes, ...]:
+    return tuple(bytes([work, frame]) * 150_000 for frame in range(3))
+
+
+def progress(work: int) -> Progress:
+    return Progress(role="actor", index=3, incarnation=1, work=work)
+
+
+def test_what_was_sent_while_nobody_listened_comes_to_the_next_server_whole_and_in_order(
+    endpoint: str,
+) -> None:
+    with connect(endpoint) as client, losses_of(client) as await_loss:
+        with serve(endpoint, Progress) as server:
+            client.send(progress(1), big_frames(1))
+            assert work_heard(server, 1) == [1]
+        await_loss()
+        for work in (2, 3, 4):
+            client.send(progress(work), big_frames(work))
+        with serve(endpoint, Progress) as server:
+            assert work_heard(server, 4) == [2, 3, 4]
+            client.send(progress(5), big_frames(5))
+            assert work_heard(server, 5) == [5]
+
+
+def test_every_next_server_can_answer_once_it_has_been_spoken_to(endpoint: str) -> None:
+    with connect(endpoint) as client, losses_of(client) as await_loss:
+        for life in range(5):
+            with serve(endpoint) as server:
+                with pytest.raises(UnavailableError):
+                    server.send("actor-3-1", Noted(of="too early"))
+                client.send(READY)
+                heard = await_message(server)
+                server.send(heard.peer, Noted(of=str(life)), [bytes(300_000)])
+                assert client.receive(WAIT_MS) == Received("", Noted(of=str(life)), (bytes(300_000),))
+            await_loss()
+        assert client.receive() is None
+
+
+STOPPED_SERVER = """
+import sys, zmq
+socket = zmq.Context().socket(zmq.ROUTER)
+socket.bind(sys.argv[1])
+print("bound", flush=True)
+print(len(socket.recv_multipart()), flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.processes
+def test_a_message_half_taken_by_a_killed_server_is_lost_alone(endpoint: str) -> None:
+    """What the killed one has taken is lost with it; nothing arrives in part, twice or out of order."""
+    with connect(endpoint) as client, losses_of(client) as await_loss:
+        with subprocess.Popen(
+            [sys.executable, "-c", STOPPED_SERVER, endpoint], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        ) as process:
+            assert process.stdout is not None
+            try:
+                assert process.stdout.readline() == b"bound\n"
+                client.send(READY)
+                assert process.stdout.readline() == b"2\n"
+                process.send_signal(signal.SIGSTOP)  # from here on the kernel's buffer fills, and no more
+                for work in range(1, 9):
+                    client.send(progress(work), big_frames(work))
+            finally:
+                process.kill()
+        await_loss()
+        client.send(progress(9), big_frames(9))
+        with serve(endpoint, Progress) as server:
+            heard = work_heard(server, 9)
+            assert heard == list(range(heard[0], 10))
 
 
 # The codec alone

@@ -18,14 +18,16 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from esper_simic.config import Config
 from esper_simic.errors import ConfigError, UnavailableError
-from supervisor import cli, status
+from supervisor import cli, cli_history, status
+from supervisor.cli_common import USAGE
 from supervisor.events import CheckpointReported, PolicyEvaluated, RunStarted
 from supervisor.journal import Record, read
+from supervisor.loop import RunFacts
 from supervisor.outcome import RunOutcome
 from supervisor.protocol import CommandReply, StatusReply
-from supervisor.run import RunFacts
 from supervisor.state import Phase
 from supervisor.vitals import EnvironmentView, LearnerView, Snapshot, Vitals
+from tests.supervisor.doors import Door, Said, open_door
 from tests.supervisor.recorded_runs import (
     failed,
     finished,
@@ -39,32 +41,9 @@ from tests.supervisor.recorded_runs import (
 from tests.supervisor.worlds import World
 
 
-class Said(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Door = Callable[..., Said]
-
-
 @pytest.fixture
 def door(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Door:
-    """The command line in an empty working directory."""
-    (tmp_path / "cwd").mkdir()
-    monkeypatch.chdir(tmp_path / "cwd")
-    monkeypatch.setenv("COLUMNS", "80")
-
-    def call(*arguments: str | Path) -> Said:
-        monkeypatch.setattr(sys, "argv", ["simic-supervisor", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        captured = capsys.readouterr()
-        assert isinstance(ended.value.code, int)
-        assert "Traceback" not in captured.err
-        return Said(ended.value.code, captured.out, captured.err)
-
-    return call
+    return open_door(monkeypatch, capsys, tmp_path / "cwd")
 
 
 @pytest.fixture
@@ -126,7 +105,7 @@ def measured(policy: str, mean: float) -> PolicyEvaluated:
 )
 def test_what_is_no_command_is_a_usage_error(door: Door, arguments: tuple[str, ...]) -> None:
     said = door(*arguments)
-    assert said.code == cli.USAGE == 2
+    assert said.code == USAGE == 2
     assert "Error: " in said.err
     assert said.out == ""
 
@@ -202,6 +181,17 @@ def test_exit_status_of_a_run_that_answers(
     assert (said.out == f"healthy: {words}") == (gate == 0)
 
 
+def test_what_makes_a_run_less_than_healthy_is_said(door: Door, tmp_path: Path) -> None:
+    run_dir = record(tmp_path / "run", training().events)
+    shot = picture(training(), troubles=["the disk is full: nothing is taken in"])
+    with supervised(run_dir, lambda _: StatusReply(snapshot=msgspec.to_builtins(shot))):
+        said = door("is-healthy", run_dir)
+        assert "trouble     the disk is full" in door("status", run_dir).out
+    assert said.code == 1
+    assert said.out.endswith("environment steps: the disk is full: nothing is taken in\n")
+    assert said.out.startswith("not healthy (degraded): training")
+
+
 def test_a_silent_supervisor_is_degraded(door: Door, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_dir = record(tmp_path / "run", training().events)
     observe = status.observe
@@ -243,8 +233,8 @@ def test_status_as_json_has_its_versioned_schema(door: Door, tmp_path: Path) -> 
     shot = json.loads(door("status", run_dir, "--json").out)
     assert shot["schema"] == 1
     assert shot["state"] == "died"
-    assert shot["learner"] == {"step": 5, "metrics": {"entropy": 1.5}}
-    assert shot["environment"] == {"steps": 160}
+    assert shot["learner"] == {"step": 5, "before": 0, "metrics": {"entropy": 1.5}}
+    assert shot["environment"] == {"steps": 160, "before": 0}
     assert {"role", "index", "pid", "memory_bytes", "state", "restarts"} <= set(shot["processes"][0])
     assert sorted(process["role"] for process in shot["processes"]) == ["actor", "actor", "learner"]
 
@@ -403,7 +393,7 @@ def test_ctrl_c_in_a_long_log_is_no_traceback(
         yield next(read(directory, start))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "read", interrupted)
+    monkeypatch.setattr(cli_history.log, "read", interrupted)
     said = door("log", "cat", run_dir)
     assert (said.code, said.err) == (130, "")
     assert len(said.out.splitlines()) == 1
@@ -559,6 +549,142 @@ def test_run_writes_scalars_for_every_step_once(
         (128, 0.5),
     ]
     assert [event.step for event in reader.Scalars("charts/SPS")] == [64, 128]
+
+
+def test_run_that_goes_on_says_so_and_draws_only_what_is_new(
+    door: Door, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def supervise(directory: Path, *_: object, observer: Any, **__: object) -> RunOutcome:
+        for step in (40, 40, 41):
+            learner = LearnerView(step=step, before=40, metrics={"entropy": 1.0})
+            shot = picture(
+                training(), learner=learner, environment=EnvironmentView(steps=10 * step), resumes=1
+            )
+            observer(shot)
+            assert (directory / "tensorboard").exists() == (step > 40)
+        return OUTCOME
+
+    monkeypatch.setattr(cli, "supervise", supervise)
+    said = door("run", "--run-dir", tmp_path / "run")
+    assert said.out.count("going on with run run-1\n") == 1
+    reader = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    assert [event.step for event in reader.Scalars("losses/entropy")] == [410]
+
+
+def test_a_disk_that_does_not_take_the_scalars_ends_no_run(
+    door: Door, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def supervise(directory: Path, *_: object, observer: Any, **__: object) -> RunOutcome:
+        (directory / "tensorboard").touch()
+        for step, elapsed_s in ((1, 10.0), (2, 39.0), (3, 41.0), (4, 70.0), (5, 71.0)):
+            if step == 4:
+                (directory / "tensorboard").unlink()
+            learner = LearnerView(step=step, metrics={"entropy": 1.0})
+            environment = EnvironmentView(steps=10 * step)
+            observer(picture(training(), learner=learner, environment=environment, elapsed_s=elapsed_s))
+        return OUTCOME
+
+    monkeypatch.setattr(cli, "supervise", supervise)
+    said = door("run", "--run-dir", tmp_path / "run")
+    assert said.code == 0
+    assert said.out.count("cannot write scalars to ") == 2, "tried again after 30 s"
+    reader = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    assert [event.step for event in reader.Scalars("losses/entropy")] == [50]
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (("--preset", "digits"), "--preset"),
+        (("--config", "mine.yaml"), "--config"),
+        (("--run-dir", "elsewhere"), "--run-dir"),
+        (("--restart-behavior", "overwrite"), "--restart-behavior"),
+        (("--run-dir", "a", "--restart-behavior", "restart"), "--run-dir, --restart-behavior"),
+    ],
+)
+def test_resume_takes_the_runs_own_directory_and_configuration(
+    door: Door, supervision: list[Supervision], run_dir: Path, options: tuple[str, ...], named: str
+) -> None:
+    said = door("run", "--resume", run_dir, *options)
+    assert (said.code, said.out, supervision) == (USAGE, "", [])
+    assert said.err.endswith(f"under its own configuration: leave out {named}\n")
+
+
+def begun(directory: Path, **trainer: Any) -> Path:
+    """A run of another preset and with other keys than the default."""
+    config = Config.model_validate({"simic_trainer": {"seed": 5} | trainer, "supervisor": {"num_actors": 4}})
+    first, *others = training().events
+    assert isinstance(first, RunStarted)
+    text = yaml.safe_dump(config.model_dump(mode="json"))
+    own = {"preset": "digits-spec", "config_text": text, "config": config.model_dump(mode="json")}
+    return record(directory, [msgspec.structs.replace(first, **own), *others])
+
+
+def test_resume_goes_on_under_the_runs_own_configuration(
+    door: Door, supervision: list[Supervision], tmp_path: Path
+) -> None:
+    run_dir = begun(tmp_path / "run")
+    said = door("run", "--resume", run_dir, "--max-seconds", "7", "--set", "supervisor.stop_timeout_s=3")
+    assert (said.code, said.err) == (0, "")
+    (call,) = supervision
+    assert (call.directory, call.facts.preset) == (run_dir, "digits-spec")
+    limits = call.config.supervisor
+    assert (call.config.simic_trainer.seed, limits.num_actors) == (5, 4)
+    assert (limits.max_seconds, limits.stop_timeout_s) == (7.0, 3.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "key"),
+    [
+        (("--seed", "6"), "simic_trainer.seed was 5, now 6"),
+        (("--set", "simic_trainer.gamma=0.95"), "simic_trainer.gamma was "),
+        (("--set", "supervisor.lockstep=true"), "supervisor.lockstep was False, now True"),
+        (("--set", "supervisor.actors=1"), "supervisor.actors: unknown key"),
+    ],
+)
+def test_resume_under_what_would_be_another_run_is_refused(
+    door: Door, supervision: list[Supervision], tmp_path: Path, options: tuple[str, ...], key: str
+) -> None:
+    said = door("run", "--resume", begun(tmp_path / "run"), *options)
+    assert (said.code, said.out, supervision) == (78, "", [])
+    assert key in said.err
+    assert len(said.err.splitlines()) == 1
+
+
+def test_there_must_be_something_to_resume(
+    door: Door, supervision: list[Supervision], tmp_path: Path
+) -> None:
+    (tmp_path / "empty").mkdir()
+    for directory in (tmp_path / "empty", tmp_path / "nowhere"):
+        said = door("run", "--resume", directory)
+        assert (said.code, said.err) == (4, f"simic-supervisor: {directory} holds no run to resume\n")
+    assert supervision == []
+    spoil(damaged := begun(tmp_path / "run"))
+    said = door("run", "--resume", damaged)
+    assert (said.code, supervision) == (78, [])
+    assert "is damaged at byte" in said.err
+    assert len(said.err.splitlines()) == 1
+
+
+def test_what_becomes_of_a_run_that_is_there_can_be_said(
+    door: Door, supervision: list[Supervision], tmp_path: Path
+) -> None:
+    run_dir = begun(tmp_path / "run")
+    said = door("run", "--run-dir", run_dir, "--restart-behavior", "maybe")
+    assert (said.code, said.out) == (USAGE, "")
+    assert "--restart-behavior is resume or restart or overwrite, not 'maybe'" in said.err
+    said = door("run", "--run-dir", run_dir, "--restart-behavior", "restart")
+    assert said.out.startswith(f"the run in {run_dir} was moved to {run_dir}-old-1\n")
+    assert status.observe(tmp_path / "run-old-1").preset == "digits-spec"
+    begun(run_dir)
+    assert door("run", "--run-dir", run_dir, "--restart-behavior", "overwrite").code == 0
+    assert not (run_dir / "journal").exists()
+    assert len(supervision) == 2
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").touch()
+    said = door("run", "--run-dir", tmp_path / "mine", "--restart-behavior", "overwrite")
+    assert (said.code, said.out) == (78, "")
+    assert "does not hold a run; it is left alone" in said.err
 
 
 def test_run_without_a_directory_makes_one_named_after_the_preset_and_the_time(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import subprocess
@@ -11,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from esper_simic.errors import UnavailableError
+from supervisor import files
 from supervisor.clock import ManualClock, SystemClock
-from supervisor.files import exclusive_lock, free_bytes, fsync_directory, write_atomically
+from supervisor.files import Reserve, exclusive_lock, free_bytes, fsync_directory, write_atomically
 
 
 @given(st.binary(max_size=2000), st.binary(max_size=2000))
@@ -76,6 +78,68 @@ def test_free_bytes_is_what_df_says(tmp_path):
     before, ours, after = df_bytes(), free_bytes(tmp_path), df_bytes()
     assert min(before, after) - 2**30 <= ours <= max(before, after) + 2**30  # others use this disk too
     assert ours > 0
+
+
+RESERVED_BYTES = 3 * 2**20
+
+
+def test_a_reserve_takes_room_on_the_disk_and_gives_it_back(tmp_path):
+    reserve = Reserve(tmp_path / "reserve", RESERVED_BYTES)
+    assert not reserve.is_held
+    assert not reserve.give_up()
+    for _ in range(2):
+        assert reserve.hold()
+        assert reserve.is_held
+        facts = reserve.path.stat()
+        assert facts.st_size == RESERVED_BYTES
+        assert facts.st_blocks * 512 >= RESERVED_BYTES, "a hole would keep nothing back"
+    assert Reserve(tmp_path / "reserve", RESERVED_BYTES).is_held, "of a life before"
+    assert reserve.give_up()
+    assert not reserve.is_held
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_reserve_of_another_size_or_half_made_is_made_anew(tmp_path):
+    reserve = Reserve(tmp_path / "reserve", RESERVED_BYTES)
+    for size in (0, 100, 2 * RESERVED_BYTES):
+        with reserve.path.open("wb") as file:
+            file.truncate(size)
+        assert not reserve.is_held
+        assert reserve.hold()
+        assert reserve.path.stat().st_size == RESERVED_BYTES
+
+
+def test_no_bytes_are_always_held_and_never_given_up(tmp_path):
+    reserve = Reserve(tmp_path / "reserve", 0)
+    assert reserve.is_held
+    assert reserve.hold()
+    assert not reserve.give_up()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("free", "held"), [(2 * RESERVED_BYTES, True), (2 * RESERVED_BYTES - 1, False)])
+def test_room_is_kept_back_only_where_as_much_is_left_to_work_with(tmp_path, monkeypatch, free, held):
+    monkeypatch.setattr(files, "free_bytes", lambda _: free)
+    reserve = Reserve(tmp_path / "reserve", RESERVED_BYTES)
+    assert reserve.hold() is held
+    assert reserve.is_held is held
+    assert reserve.path.exists() is held
+
+
+def test_a_disk_that_fills_up_meanwhile_holds_nothing_and_another_refusal_is_told(tmp_path, monkeypatch):
+    reserve = Reserve(tmp_path / "reserve", RESERVED_BYTES)
+    for number, told in ((errno.ENOSPC, False), (errno.EDQUOT, False), (errno.EIO, True)):
+
+        def refuse(*_, number=number):
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(os, "posix_fallocate", refuse)
+        if told:
+            with pytest.raises(OSError, match="Input/output error"):
+                reserve.hold()
+        else:
+            assert not reserve.hold()
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_one_holder_and_the_refusal_names_it(tmp_path):

@@ -1,25 +1,23 @@
+"""The journal's writer and readers: what is written is what is read, when it is durable, and how it fails."""
+
 from __future__ import annotations
 
 import contextlib
 import os
 import resource
 import select
-import shutil
 import struct
 import subprocess
 import sys
-import tempfile
 import threading
 from pathlib import Path
 from typing import Any
 
-import msgpack  # type: ignore[import-untyped]
 import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from esper_simic.errors import (
     BudgetExceeded,
@@ -29,91 +27,16 @@ from esper_simic.errors import (
     UnavailableError,
 )
 from supervisor.clock import ManualClock
-from supervisor.journal import Journal, JournalDamage, Tail, TornTail, read, read_last
+from supervisor.journal import Journal, Tail, TornTail, read, read_last
 from supervisor.journal import segments as segments_module
-from supervisor.journal.format import MAGIC, SegmentCursor, encode_mark, segment_paths
+from supervisor.journal.format import MAGIC, segment_paths
+from tests.supervisor.journals import contents, crc32c, facts, fill, items, open_journal, read_independently
 
 ROOT = Path(__file__).parents[2]
 DEADLINE_S = 30.0
 
 
-def open_journal(directory: Path, **options: Any) -> Journal:
-    return Journal(directory, owner="learner-0", run_id="run-1", **options)
-
-
-def contents(directory: Path, start: int = 0) -> list[tuple[int, str, dict[str, Any], list[bytes]]]:
-    return [(r.position, r.kind, r.header, [bytes(f) for f in r.frames]) for r in read(directory, start)]
-
-
-def fill(directory: Path, count: int, **options: Any) -> None:
-    """Records 0 … count-1, each synced by itself."""
-    with open_journal(directory, **options) as journal:
-        for index in range(count):
-            journal.append("Step", {"index": index}, [bytes([index]) * 20])
-            journal.sync()
-
-
-# ---- an independent reader: docs/journal-format.md, struct and msgpack, nothing of ours ------------------------------
-
-
-def crc32c(data: bytes) -> int:
-    """The checksum bit by bit: Castagnoli's polynomial, reflected."""
-    register = 0xFFFFFFFF
-    for byte in data:
-        register ^= byte
-        for _ in range(8):
-            register = (register >> 1) ^ (0x82F63B78 if register & 1 else 0)
-    return register ^ 0xFFFFFFFF
-
-
-def read_independently(directory: Path) -> list[tuple[int, str, dict[str, Any], list[bytes]]]:
-    records: list[tuple[int, str, dict[str, Any], list[bytes]]] = []
-    for path in sorted(directory.glob("*.log")):
-        data = path.read_bytes()
-        magic, version, at, first, _digest, owner_bytes, run_bytes = struct.unpack_from("<8sIIQ16sHH", data)
-        assert (magic, version, first) == (b"SIMICLOG", 1, int(path.stem))
-        assert data[44 : 44 + owner_bytes + run_bytes].decode() == "learner-0run-1"
-        assert struct.unpack_from("<I", data, at - 4)[0] == crc32c(data[: at - 4])
-        while at < len(data):
-            length, checksum = struct.unpack_from("<II", data, at)
-            body = data[at + 8 : at + 8 + (length & 0x7FFFFFFF)]
-            assert crc32c(data[at : at + 4] + body) == checksum
-            if length & 0x80000000:
-                assert struct.unpack("<8sQQ", body) == (b"DURABLE\0", len(records), at)
-            else:
-                position, _time_ns, kind_bytes, frame_count, header_bytes = struct.unpack_from("<QQHHI", body)
-                assert position == len(records)
-                kind, rest = body[24 : 24 + kind_bytes].decode(), body[24 + kind_bytes :]
-                sizes = struct.unpack_from(f"<{frame_count}I", rest)
-                header = msgpack.unpackb(
-                    rest[4 * frame_count : 4 * frame_count + header_bytes], strict_map_key=False
-                )
-                frames, rest = [], rest[4 * frame_count + header_bytes :]
-                for size in sizes:
-                    frames.append(rest[:size])
-                    rest = rest[size:]
-                assert rest == b""
-                records.append((position, kind, header, frames))
-            at += 8 + len(body)
-    return records
-
-
 # ---- what is written is what is read ---------------------------------------------------------------------------------
-
-plain = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers(-(2**63), 2**64 - 1)
-    | st.floats(allow_nan=False)
-    | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
-    max_leaves=6,
-)
-facts = st.tuples(
-    st.text(min_size=1, max_size=12),
-    st.dictionaries(st.text(max_size=8), plain, max_size=4),
-    st.lists(st.binary(max_size=300), max_size=4),
-)
 
 
 @settings(max_examples=50)
@@ -181,96 +104,6 @@ def test_a_record_longer_than_a_segment_has_one_for_itself(tmp_path):
             journal.append("Sized", {"size": size}, [bytes(size)])
     assert [path.name for path in segment_paths(tmp_path)] == [f"{n:020d}.log" for n in (0, 1, 2)]
     assert [record.header["size"] for record in read(tmp_path)] == [10, 5000, 10]
-
-
-class AgainstAList(RuleBasedStateMachine):
-    """A journal is a list that survives its process."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.directory = Path(tempfile.mkdtemp(prefix="journal-"))
-        self.model: list[tuple[int, str, dict[str, Any], list[bytes]]] = []
-        self.journal = open_journal(self.directory, segment_bytes_max=400)
-        self.tail = Tail(self.directory)
-        self.followed: list[int] = []
-
-    @rule(fact=facts)
-    def append(self, fact):
-        position = self.journal.append(*fact)
-        assert position == len(self.model)
-        self.model.append((position, *fact))
-
-    @rule()
-    def sync(self):
-        assert self.journal.sync() == len(self.model)
-        assert self.journal.durable_position == len(self.model)
-        assert contents(self.directory) == self.model
-
-    @rule()
-    def reopen(self):
-        self.journal.close()
-        self.journal = open_journal(self.directory, segment_bytes_max=400)
-        assert self.journal.recovered is None
-        assert self.journal.durable_position == self.journal.next_position == len(self.model)
-
-    @rule(removed=st.integers(1, 31))
-    def crash_between_sync_and_mark(self, removed):
-        """A writer killed before its mark was whole: nothing but the mark's rest is cut."""
-        self.journal.close()
-        path = segment_paths(self.directory)[-1]
-        if self._ends_with_mark(path):
-            os.truncate(path, path.stat().st_size - removed)
-            self.journal = open_journal(self.directory, segment_bytes_max=400)
-            assert self.journal.recovered == TornTail(
-                path, path.stat().st_size - 32, 32 - removed
-            )  # marked anew
-        else:
-            self.journal = open_journal(self.directory, segment_bytes_max=400)
-        assert self.journal.durable_position == len(self.model)
-
-    def _ends_with_mark(self, path: Path) -> bool:
-        data = path.read_bytes()
-        return data[-32:] == encode_mark(len(self.model), len(data) - 32)
-
-    @precondition(lambda self: self.model)
-    @rule(data=st.data())
-    def read_from_somewhere(self, data):
-        start = data.draw(st.integers(0, len(self.model) + 2))
-        self.journal.sync()
-        assert contents(self.directory, start) == self.model[start:]
-
-    @rule()
-    def newest_of_a_kind(self):
-        self.journal.sync()
-        for kind in {fact[1] for fact in self.model}:
-            wanted = [fact[0] for fact in self.model if fact[1] == kind][-2:]
-            assert [record.position for record in read_last(self.directory, {kind}, count=2)] == wanted
-
-    @rule(records_max=st.integers(1, 5))
-    def follow(self, records_max):
-        records = self.tail.poll(records_max)
-        assert len(records) <= records_max
-        self.followed += [record.position for record in records]
-        assert self.tail.position == len(self.followed)
-
-    @invariant()
-    def positions_are_consistent(self):
-        assert self.journal.next_position == len(self.model)
-        assert self.journal.durable_position <= len(self.model)
-        assert self.followed == list(range(len(self.followed)))
-
-    def teardown(self):
-        self.journal.close()
-        while records := self.tail.poll():
-            self.followed += [record.position for record in records]
-        self.tail.close()
-        assert self.followed == list(range(len(self.model)))
-        assert contents(self.directory) == self.model
-        shutil.rmtree(self.directory)
-
-
-TestAgainstAList = AgainstAList.TestCase
-TestAgainstAList.settings = settings(max_examples=30, stateful_step_count=25)
 
 
 # ---- durability ------------------------------------------------------------------------------------------------------
@@ -449,261 +282,6 @@ def test_readers_follow_a_living_writer_across_segments(tmp_path):
     assert followed == list(range(len(followed)))
 
 
-# ---- torn tails and damage -------------------------------------------------------------------------------------------
-
-
-def test_cut_at_every_byte_of_the_last_record(tmp_path):
-    whole = tmp_path / "whole"
-    fill(whole, 3)
-    expected = contents(whole)
-    path = segment_paths(whole)[0]
-    data = path.read_bytes()
-    with SegmentCursor(path) as cursor:
-        boundaries = [cursor.offset]  # after the header, after each record, after its mark
-        for _ in cursor.records(is_closed=False):
-            boundaries += [cursor.offset]
-    last_start = boundaries[2] + 32
-    assert data[boundaries[2] :].startswith(encode_mark(2, boundaries[2]))
-    for end in range(last_start, len(data)):
-        cut = tmp_path / "cut"
-        shutil.rmtree(cut, ignore_errors=True)
-        cut.mkdir()
-        (cut / path.name).write_bytes(data[:end])
-        kept = 3 if end >= boundaries[3] else 2
-        whole_until = max(b for b in (last_start, boundaries[3]) if b <= end)
-        assert contents(cut) == expected[:kept]  # a reader passes over the torn tail
-        with open_journal(cut) as journal:
-            torn = end - whole_until
-            assert journal.recovered == (TornTail(cut / path.name, whole_until, torn) if torn else None), (
-                f"cut at {end}"
-            )
-            assert journal.append("Next", {}) == kept
-        assert [record.position for record in read(cut)] == list(range(kept + 1))
-        assert contents(cut)[:kept] == expected[:kept]
-
-
-def items(path: Path) -> list[tuple[int, int]]:
-    """Start and end of header and items, by the length fields alone."""
-    data = path.read_bytes()
-    spans, at = [(0, struct.unpack_from("<I", data, 12)[0])], struct.unpack_from("<I", data, 12)[0]
-    while at < len(data):
-        end = at + 8 + (struct.unpack_from("<I", data, at)[0] & 0x7FFFFFFF)
-        spans.append((at, end))
-        at = end
-    return spans
-
-
-@pytest.mark.parametrize("flip", [0x01, 0x80, 0xFF])
-def test_a_flip_of_any_byte_is_found_and_named(tmp_path, flip):
-    """Everything is distinguishable but the last mark: behind it no evidence stands, and it holds no record."""
-    whole = tmp_path / "whole"
-    fill(whole, 5, segment_bytes_max=350)
-    expected = contents(whole)
-    paths = segment_paths(whole)
-    assert len(paths) == 2
-    for path in paths:
-        data = path.read_bytes()
-        spans = items(path)
-        for offset in range(len(data)):
-            copy = tmp_path / "copy"
-            shutil.rmtree(copy, ignore_errors=True)
-            shutil.copytree(whole, copy)
-            damaged = bytearray(data)
-            damaged[offset] ^= flip
-            (copy / path.name).write_bytes(damaged)
-            start, end = next(span for span in spans if span[0] <= offset < span[1])
-            if path == paths[-1] and (start, end) == spans[-1]:
-                with open_journal(copy) as journal:
-                    assert journal.recovered == TornTail(copy / path.name, start, end - start)
-                assert contents(copy) == expected
-                continue
-            with pytest.raises(JournalDamage) as by_writer:
-                open_journal(copy)
-            with pytest.raises(JournalDamage) as by_reader:
-                contents(copy)
-            for damage in (by_writer.value, by_reader.value):
-                assert (damage.segment, damage.offset) == (copy / path.name, start), f"flip at {offset}"
-                assert f"{copy / path.name} is damaged at byte {start}" in str(damage)
-
-
-@pytest.mark.parametrize("garbage", [b"\0", bytes(100), b"\xff" * 100, b"DURABLE\0" * 20, os.urandom(500)])
-def test_garbage_behind_the_end_is_a_torn_tail(tmp_path, garbage):
-    fill(tmp_path, 2)
-    path = segment_paths(tmp_path)[0]
-    size = path.stat().st_size
-    with path.open("ab") as file:
-        file.write(garbage)
-    assert len(contents(tmp_path)) == 2
-    with open_journal(tmp_path) as journal:
-        assert journal.recovered == TornTail(path, size, len(garbage))
-    assert path.stat().st_size == size
-
-
-def test_marks_inside_a_payload_prove_nothing(tmp_path):
-    """A journal kept as another journal's payload, torn in the middle: its marks lie at other offsets."""
-    fill(tmp_path / "inner", 9)
-    inner = segment_paths(tmp_path / "inner")[0].read_bytes()
-    outer = tmp_path / "outer"
-    fill(outer, 1)
-    path = segment_paths(outer)[0]
-    before = path.stat().st_size
-    with open_journal(outer) as journal:
-        journal.append("Archive", {}, [inner, b"end"])
-    os.truncate(path, before + len(inner))
-    with open_journal(outer) as journal:
-        assert journal.recovered == TornTail(path, before, len(inner))
-        assert journal.next_position == 1
-
-
-def test_a_torn_group_whose_later_pages_arrived_first_is_a_tail(tmp_path):
-    """Power failed while a group was written: a hole, then whole records, but no mark. Nobody was told of any."""
-    fill(tmp_path, 2)
-    path = segment_paths(tmp_path)[0]
-    size = path.stat().st_size
-    with open_journal(tmp_path, commit_interval_ms=1e9) as journal:
-        for index in range(4):
-            journal.append("Step", {"index": index}, [bytes(50)])
-    data = bytearray(path.read_bytes())
-    spans = items(path)
-    first_of_group, its_end = next(span for span in spans if span[0] == size)
-    data[first_of_group:its_end] = bytes(its_end - first_of_group)
-    path.write_bytes(data[: spans[-1][0]])  # without the mark
-    with open_journal(tmp_path) as journal:
-        assert journal.recovered == TornTail(path, size, spans[-1][0] - size)
-        assert journal.next_position == 2
-
-
-def forged(body: bytes, *, control: int = 0) -> bytes:
-    """An item whose checksum is right, whatever its body says."""
-    start = struct.pack("<I", len(body) | control << 31)
-    return start + struct.pack("<I", crc32c(start + body)) + body
-
-
-@pytest.mark.parametrize(
-    ("item", "reason"),
-    [
-        (forged(b"short"), "5 bytes are too few for a record"),
-        (forged(struct.pack("<QQHHI", 2, 0, 1, 0, 1) + b"K\x80"), "position 2 stands where 1 belongs"),
-        (forged(struct.pack("<QQHHI", 1, 0, 1, 9, 1) + b"K\x80"), "the parts of record 1 are longer"),
-        (forged(struct.pack("<QQHHI", 1, 0, 1, 0, 1) + b"K\x80more"), "the parts of record 1 do not fill it"),
-        (forged(b"DURABLE\0" + struct.pack("<QQ", 1, 0), control=1), "a mark that belongs elsewhere"),
-        (forged(b"DURABLE\0" + struct.pack("<Q", 1), control=1), "a mark that belongs elsewhere"),
-        (struct.pack("<II", 1 << 20, 0) + bytes(50), "a record of 1048576 bytes does not fit the 50 bytes"),
-    ],
-)
-def test_an_item_that_is_whole_but_wrong_is_unreadable(tmp_path, item, reason):
-    fill(tmp_path, 1)
-    path = segment_paths(tmp_path)[0]
-    size = path.stat().st_size
-    with path.open("ab") as file:
-        file.write(item)
-    assert len(contents(tmp_path)) == 1  # at the end: a tail
-    with SegmentCursor(path) as cursor:
-        assert cursor.next(is_closed=True) is not None
-        with pytest.raises(JournalDamage, match=f"at byte {size}: {reason}") as damage:
-            cursor.next(is_closed=True)
-        assert damage.value.offset == size
-
-
-def test_control_items_of_a_later_version_are_passed_over(tmp_path):
-    fill(tmp_path, 1)
-    path = segment_paths(tmp_path)[0]
-    with path.open("ab") as file:
-        file.write(forged(b"INDEX\0\0\0whatever", control=1))
-    with open_journal(tmp_path) as journal:
-        assert journal.recovered is None
-        journal.append("Next", {})
-    assert [record.kind for record in read(tmp_path)] == ["Step", "Next"]
-
-
-def test_a_writer_checks_how_the_two_newest_segments_fit(tmp_path):
-    """Cut between two items, or exchanged whole: every checksum in them is right."""
-    for name in ("a", "b"):
-        with open_journal(tmp_path / name, segment_bytes_max=300) as journal:
-            for index in range(5):
-                journal.append("Step", {"index": index}, [name.encode() * 40])
-                journal.sync()
-    *_, before, last = segment_paths(tmp_path / "a")
-    whole = before.read_bytes()
-    end = items(before)[1][0]
-    os.truncate(before, end)
-    with pytest.raises(JournalDamage, match=f"{before} is damaged at byte {end}.*{last.name} follows"):
-        open_journal(tmp_path / "a")
-    before.write_bytes(whole)
-    open_journal(tmp_path / "a").close()
-    shutil.copy(tmp_path / "b" / before.name, before)
-    with pytest.raises(JournalDamage, match=f"{last} is damaged at byte 24: the digest of {before.name}"):
-        open_journal(tmp_path / "a")
-
-
-def test_a_segment_under_a_wrong_name_is_refused(tmp_path):
-    fill(tmp_path, 1)
-    (path,) = segment_paths(tmp_path)
-    path.rename(tmp_path / f"{5:020d}.log")
-    with pytest.raises(JournalDamage, match="byte 16: the header says that position 0 is the first one"):
-        contents(tmp_path, 5)
-
-
-@pytest.mark.parametrize("missing", [0, 1])
-def test_a_missing_segment_is_named(tmp_path, missing):
-    fill(tmp_path, 6, segment_bytes_max=250)
-    paths = segment_paths(tmp_path)
-    assert len(paths) >= 3
-    paths[missing].unlink()
-    with pytest.raises(JournalDamage, match="is missing" if missing == 0 else "no .* follows"):
-        contents(tmp_path)
-    later = int(paths[2].stem)
-    assert contents(tmp_path, later)[0][0] == later  # what is there can be read
-
-
-def test_reading_from_a_position_opens_no_earlier_segment(tmp_path):
-    fill(tmp_path, 6, segment_bytes_max=250)
-    first, *_, last = segment_paths(tmp_path)
-    first.write_bytes(b"not a segment at all")
-    assert [record.position for record in read(tmp_path, int(last.stem))] == list(range(int(last.stem), 6))
-    assert [record.position for record in read_last(tmp_path)] == [5]
-    assert read_last(tmp_path, {"Never"}, segments_max=1) == []
-    with pytest.raises(JournalDamage, match="byte 0"):
-        contents(tmp_path)
-
-
-def test_a_poll_gives_what_stands_before_the_damage_first(tmp_path):
-    fill(tmp_path, 4)
-    path = segment_paths(tmp_path)[0]
-    data = bytearray(path.read_bytes())
-    data[items(path)[5][0] + 20] ^= 1  # header, record 0, mark, record 1, mark, record 2
-    path.write_bytes(data)
-    with Tail(tmp_path) as tail:
-        assert [record.position for record in tail.poll()] == [0, 1]
-        for _ in range(2):
-            with pytest.raises(JournalDamage, match="positions below 4 were durable"):
-                tail.poll()
-
-
-def test_a_follower_survives_the_cutting_of_a_tail_it_has_seen(tmp_path):
-    fill(tmp_path, 1)
-    path = segment_paths(tmp_path)[0]
-    with Tail(tmp_path) as tail:
-        assert len(tail.poll()) == 1
-        with path.open("ab") as file:
-            file.write(struct.pack("<II", 40, 0) + b"half a record")
-        assert tail.poll() == []
-        with open_journal(tmp_path) as journal:
-            assert journal.recovered is not None
-            journal.append("Other", {"longer": "than what stood there before"}, [bytes(100)])
-            journal.sync()
-            assert [record.kind for record in tail.poll()] == ["Other"]
-
-
-def test_a_file_that_shrinks_under_its_reader_is_damage(tmp_path):
-    fill(tmp_path, 2)
-    with Tail(tmp_path) as tail:
-        assert len(tail.poll()) == 2
-        os.truncate(segment_paths(tmp_path)[0], 100)
-        with pytest.raises(JournalDamage, match="the file ends before byte"):
-            tail.poll()
-
-
 # ---- opening and failing ---------------------------------------------------------------------------------------------
 
 
@@ -818,51 +396,6 @@ def test_an_append_that_waits_for_room_learns_of_the_failure(tmp_path):
             journal.append("Waits", {}, [bytes(2500)])
         assert journal.next_position == 1
         journal.close()
-
-
-FULL_DISK = """
-import sys
-from esper_simic.errors import UnavailableError
-from supervisor.journal import Journal, read
-directory = sys.argv[1] + "/journal"
-journal = Journal(directory, owner="learner-0", run_id="run-1", segment_bytes_max=100_000)
-try:
-    while True:
-        journal.append("Step", {"position": journal.next_position}, [bytes(3000)])
-        durable = journal.sync()
-except UnavailableError as error:
-    print(error)
-journal.close()
-positions = [record.header["position"] for record in read(directory)]
-assert positions[:durable] == list(range(durable)), (durable, positions)
-with open(sys.argv[1] + "/ballast", "r+b") as ballast:
-    ballast.truncate(0)
-with Journal(directory, owner="learner-0", run_id="run-1") as journal:
-    assert journal.next_position >= durable
-    journal.append("Room again", {})
-print("went on after", durable)
-"""
-
-
-@pytest.mark.processes
-def test_a_full_disk_loses_nothing_durable_and_goes_on_when_there_is_room(tmp_path):
-    probe = subprocess.run(["unshare", "-rm", "true"], capture_output=True, text=True, check=False)
-    if probe.returncode != 0:
-        pytest.skip(f"no private mounts here: {probe.stderr.strip()}")
-    script = (
-        'mount -t tmpfs -o size=1m tmpfs "$1" && dd if=/dev/zero of="$1/ballast" bs=64k count=8 status=none '
-        '&& exec "$2" -c "$3" "$1"'
-    )
-    done = subprocess.run(
-        ["unshare", "-rm", "sh", "-c", script, "sh", tmp_path, sys.executable, FULL_DISK],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=ROOT,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "No space left on device; positions from" in done.stdout
-    assert "went on after" in done.stdout
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")

@@ -76,6 +76,44 @@ def test_no_step_stands_twice_and_x_only_grows(tmp_path: Path) -> None:
     ]
 
 
+def points(directory: Path, tag: str = "losses/entropy") -> list[tuple[int, float]]:
+    return [(step, value) for step, value, _ in scalars(directory)[tag]]
+
+
+def drawn(directory: Path, *entropies: tuple[int, float]) -> None:
+    """One invocation of a run."""
+    writer = TensorBoardWriter(directory)
+    for step, value in entropies:
+        writer.write(step, {"entropy": value}, 0.0)
+    writer.close()
+
+
+def test_the_lives_of_a_run_are_one_curve(tmp_path: Path) -> None:
+    drawn(tmp_path, (32, 1.0), (64, 2.0))
+    drawn(tmp_path, (96, 3.0), (128, 4.0))
+    drawn(tmp_path, (160, 5.0))
+    assert points(tmp_path) == [(32, 1.0), (64, 2.0), (96, 3.0), (128, 4.0), (160, 5.0)]
+
+
+def test_what_a_crash_took_back_is_not_shown_beside_what_came_of_it(tmp_path: Path) -> None:
+    """The updates at 96 and 128 were drawn, and were not durable yet when the power went."""
+    drawn(tmp_path, (32, 1.0), (64, 2.0), (96, 3.0), (128, 4.0))
+    drawn(tmp_path, (80, 7.0), (112, 8.0))
+    assert points(tmp_path) == [(32, 1.0), (64, 2.0), (80, 7.0), (112, 8.0)]
+
+
+def test_a_step_that_was_drawn_before_is_not_drawn_twice(tmp_path: Path) -> None:
+    drawn(tmp_path, (32, 1.0), (64, 2.0))
+    drawn(tmp_path, (64, 2.5), (96, 3.0))
+    assert points(tmp_path) == [(32, 1.0), (64, 2.5), (96, 3.0)]
+
+
+def test_a_life_that_drew_nothing_takes_nothing_back(tmp_path: Path) -> None:
+    drawn(tmp_path, (32, 1.0), (64, 2.0))
+    drawn(tmp_path)
+    assert points(tmp_path) == [(32, 1.0), (64, 2.0)]
+
+
 def test_close_writes_what_was_buffered_ends_the_thread_and_may_come_twice(tmp_path: Path) -> None:
     before = threading.active_count()
     writer = TensorBoardWriter(tmp_path)

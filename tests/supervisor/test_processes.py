@@ -10,7 +10,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 
 import psutil
@@ -192,7 +192,18 @@ def test_a_configuration_error_has_its_own_reason(stage: Stage) -> None:
     stage.start(ACTOR)
     end = stage.gone(ACTOR)
     assert end.reason is ExitReason.CONFIGURATION
-    assert "environment.host: no such host" in end.detail
+    assert end.detail == f"environment.host: no such host; log: {log_path(stage.run_dir, ACTOR)}"
+
+
+@role("misconfigured_once")
+def test_a_person_reads_the_words_of_this_life_and_where_there_are_none_the_log(stage: Stage) -> None:
+    log = log_path(stage.run_dir, ACTOR)
+    for life, expected in ((1, "the last word"), (2, f"exit status 78; log: {log}")):
+        stage.start(ChildId("actor", 0, life))
+        end = stage.gone(ChildId("actor", 0, life))
+        assert end.reason is ExitReason.CONFIGURATION
+        assert end.detail.startswith(expected)
+        assert "an earlier word" not in end.detail
 
 
 @role("nothing_of_that_name")
@@ -243,6 +254,20 @@ def test_a_dead_fork_server_takes_its_children_along_and_the_next_start_makes_an
     second = ChildId("actor", 0, 2)
     stage.start(second)
     assert psutil.Process(stage.ready(second)).ppid() not in (server, os.getpid())
+
+
+def test_a_dead_resource_tracker_keeps_nobody_from_being_started(stage: Stage) -> None:
+    stage.start(ACTOR)
+    stage.ready(ACTOR)
+    tracker = getattr(resource_tracker._resource_tracker, "_pid")  # noqa: B009 (private, as above)
+    os.kill(tracker, signal.SIGKILL)
+    stage.until(lambda: not lives(tracker))
+    with pytest.warns(UserWarning, match="resource_tracker: process died unexpectedly, relaunching"):
+        stage.start(LEARNER)
+    assert {stage.ready(who) > 0 for who in (LEARNER, ACTOR)} == {True}
+    second = ChildId("actor", 1, 1)
+    stage.start(second)
+    assert lives(stage.ready(second))
 
 
 def test_closing_leaves_nobody_whatever_they_do(tmp_path: Path, sockets: Path) -> None:

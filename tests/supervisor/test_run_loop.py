@@ -23,9 +23,11 @@ from supervisor import files
 from supervisor.bus import Client, Received
 from supervisor.clock import SystemClock
 from supervisor.journal import read
+from supervisor.loop import Observer, RunFacts
 from supervisor.outcome import RunOutcome, fold_journal
+from supervisor.processes import LocalPlacement
 from supervisor.protocol import ACCEPTS, Command, CommandReply, Message, StatusReply, StatusRequest
-from supervisor.run import Observer, RunFacts, run
+from supervisor.run import run
 from supervisor.state import Phase
 from supervisor.vitals import Snapshot
 
@@ -268,19 +270,130 @@ def test_a_second_ctrl_c_does_not_wait(tmp_path: Path) -> None:
         os.killpg(supervisor.process.pid, signal.SIGINT)
         supervisor.wait_for(Phase.STOPPING)
         os.killpg(supervisor.process.pid, signal.SIGINT)
-        assert supervisor.process.wait(5.0) == 1
+        assert supervisor.process.wait(5.0) == 0
         assert all_gone(tree, 1.0)
-    assert fold_journal(tmp_path).phase is Phase.STOPPED
+    state = fold_journal(tmp_path)
+    assert (state.phase, state.checkpoint) == (Phase.STOPPED, None)
 
 
-def test_kill_nine_of_the_supervisor_leaves_no_orphan_and_an_unfinished_journal(tmp_path: Path) -> None:
+def test_an_impatient_ctrl_c_does_not_interrupt_the_last_cleaning_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run is over and the fork server is being put away when the signal comes."""
+    close = LocalPlacement.close
+
+    def close_interrupted(placement: LocalPlacement) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        close(placement)
+
+    monkeypatch.setattr(LocalPlacement, "close", close_interrupted)
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        outcome = train(tmp_path)
+    except KeyboardInterrupt:
+        pytest.fail("the signal was not taken any more")
+    assert outcome.outcome == "finished"
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_kill_nine_of_the_supervisor_leaves_no_orphan_and_a_run_that_goes_on(tmp_path: Path) -> None:
     with remote(tmp_path) as supervisor:
         supervisor.wait_for(Phase.TRAINING)
         tree = supervisor.tree()
         supervisor.process.kill()
         assert all_gone(tree, 5.0)
-    with pytest.raises(ConfigError, match="did not finish"):
+    run_id = events(tmp_path, "RunStarted")[0]["run_id"]
+    assert (tmp_path / "supervisor.json").exists(), "it had no time to remove it"
+    (tmp_path / "tmp").mkdir(exist_ok=True)
+    (tmp_path / "tmp" / "left.py").touch()
+    seen: list[Snapshot] = []
+
+    def look(snapshot: Snapshot) -> None:
+        seen.append(snapshot)
+        assert not (tmp_path / "tmp" / "left.py").exists(), "what children left is removed at the start"
+
+    outcome = train(tmp_path, look)
+    assert (outcome.run_id, outcome.outcome) == (run_id, "finished")
+    journaled = kinds(tmp_path)
+    assert journaled.count("RunStarted") == journaled.count("RunResumed") == 1
+    lives = [(e["role"], e["index"], e["incarnation"]) for e in events(tmp_path, "ChildScheduled")]
+    assert lives == [
+        *(("learner", 0, 1), ("actor", 0, 1), ("actor", 1, 1)),
+        *(("learner", 0, 2), ("actor", 0, 2), ("actor", 1, 2)),
+        *(("evaluate", 0, 1), ("evaluate", 1, 1)),
+    ]
+    assert {shot.resumes for shot in seen} == {1}
+    assert not (tmp_path / "tmp").exists(), "and at a clean end"
+
+
+def test_an_evaluation_that_failed_is_made_again_with_another_checkpoint(tmp_path: Path) -> None:
+    mortal = {"evaluate": f"{CHILDREN}:evaluate_one_and_die"}
+    assert train(tmp_path, roles=mortal, max_restarts=0, evaluation_workers=1).exit_code == 1
+    assert len(events(tmp_path, "PolicyEvaluated")) == 1
+    trained = events(tmp_path, "TrainingStarted")
+    outcome = train(tmp_path, evaluation_workers=1)
+    assert outcome.outcome == "finished"
+    assert set(outcome.evaluations) == set(POLICIES)
+    assert events(tmp_path, "TrainingStarted") == trained, "nothing is trained again"
+    assert len(events(tmp_path, "CheckpointReported")) == 2
+    assert [event["policy"] for event in events(tmp_path, "PolicyEvaluated")] == ["learned", *POLICIES]
+
+
+def test_a_run_under_another_configuration_is_refused_and_left_alone(tmp_path: Path) -> None:
+    assert train(tmp_path, roles={"learner": f"{CHILDREN}:misconfigured"}).exit_code == 78
+    count = len(kinds(tmp_path))
+    with pytest.raises(ConfigError, match=r"supervisor\.lockstep was False, now True"):
+        train(tmp_path, lockstep=True)
+    assert len(kinds(tmp_path)) == count
+
+
+def test_what_a_child_says_that_only_a_person_can_mend_is_the_reason(tmp_path: Path) -> None:
+    outcome = train(tmp_path, roles={"learner": f"{CHILDREN}:misconfigured"}, max_seconds=30)
+    assert (outcome.exit_code, outcome.outcome) == (78, "failed")
+    log = tmp_path / "logs" / "learner-0.log"
+    assert outcome.reason == (
+        f"learner-0 cannot go on: configuration: environment.host: no such host; log: {log}"
+    )
+    learners = [event for event in events(tmp_path, "ChildStarted") if event["role"] == "learner"]
+    assert len(learners) == 1, "it would say the same again"
+
+
+def test_a_learner_killed_in_training_and_at_its_last_checkpoint_is_replaced_both_times(
+    tmp_path: Path,
+) -> None:
+    killed: set[tuple[str, int]] = set()
+
+    def kill(snapshot: Snapshot) -> None:
+        for view in snapshot.processes:
+            wanted = {"training": 1, "stopping": 2}.get(snapshot.state)
+            is_there = view.role == "learner" and view.incarnation == wanted and view.state != "scheduled"
+            if is_there and view.pid and (snapshot.state, view.pid) not in killed:
+                killed.add((snapshot.state, view.pid))
+                os.kill(view.pid, signal.SIGKILL)
+
+    outcome = train(tmp_path, kill, roles={"actor": f"{CHILDREN}:leave_slowly"}, max_seconds=3.0)
+    assert {state for state, _ in killed} == {"training", "stopping"}
+    assert outcome.outcome == "finished"
+    assert outcome.checkpoint is not None
+    ready = [e["incarnation"] for e in events(tmp_path, "ChildReady") if e["role"] == "learner"]
+    assert ready == [1, 2, 3]
+
+
+def test_a_lock_that_cannot_be_taken_is_named_with_the_remedy(tmp_path: Path) -> None:
+    (tmp_path / "lock").mkdir()
+    with pytest.raises(UnavailableError, match=r"cannot take the run directory .*Is a directory.*'lock'"):
         train(tmp_path)
+
+
+def test_a_damaged_journal_of_the_supervisor_is_named_before_anything_starts(tmp_path: Path) -> None:
+    train(tmp_path)
+    segment = next((tmp_path / "journal" / "supervisor").glob("*.log"))
+    data = bytearray(segment.read_bytes())
+    data[len(data) // 2] ^= 1
+    segment.write_bytes(data)
+    with pytest.raises(ConfigError, match=rf"{segment.name} is damaged at byte \d+"):
+        train(tmp_path)
+    assert segment.read_bytes() == data
 
 
 def test_an_operator_asks_for_the_status_and_for_the_end(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def values_of(hint: object) -> st.SearchStrategy[object]:
         int: SMALL,
         tuple[float, ...]: st.lists(FLOATS, max_size=3).map(tuple),
         dict[str, float]: st.dictionaries(st.text(max_size=3), FLOATS, max_size=2),
-        dict[str, Any]: st.dictionaries(st.text(max_size=3), st.integers(), max_size=2),
+        dict[str, Any]: st.dictionaries(st.text(max_size=3), st.integers(-(2**63), 2**64 - 1), max_size=2),
     }
     return of_type[hint] if hint in of_type else st.from_type(hint)  # type: ignore[arg-type]
 

@@ -11,7 +11,8 @@ import msgspec
 import pytest
 
 from esper_simic.errors import ConfigError, ContractError, UnavailableError
-from supervisor import status
+from esper_simic.events import CheckpointSaved
+from supervisor import checkpoints, status
 from supervisor.events import ExitReason, TrainingStarted
 from supervisor.files import exclusive_lock
 from supervisor.journal import JournalDamage
@@ -31,7 +32,7 @@ from tests.supervisor.recorded_runs import (
     supervised,
     training,
 )
-from tests.supervisor.worlds import LEARNER, World, actor, evaluator
+from tests.supervisor.worlds import LEARNER, World, actor, evaluator, learner
 
 SHORT_MS = 200
 
@@ -51,7 +52,7 @@ def seen(world: World) -> Snapshot:
     [
         (finished, "finished", Health.ENDED, "the run is complete"),
         (stopped, "stopped", Health.ENDED, "stopped by SIGTERM"),
-        (failed, "failed", Health.FAILED, "learner-0 is gone"),
+        (failed, "failed", Health.FAILED, "every learner was given up; last seen: learner-0 error: exit"),
         (training, "died", Health.FAILED, "gone without a last word; by its journal the run was training"),
     ],
 )
@@ -242,7 +243,104 @@ def test_a_command_to_nobody_is_unavailable(tmp_path: Path) -> None:
         status.command(tmp_path, "stop", "7")
 
 
+# A run that went on
+
+
+def checkpoint(run_dir: Path, step: int, position: int, run_id: str = "run-1") -> str:
+    manifest = {
+        "run_id": run_id,
+        "step": step,
+        "environment_steps": 10 * step,
+        "journal_position": position,
+        "state_digest": "d",
+        "fingerprint": {},
+    }
+    return checkpoints.save(run_dir / "checkpoints", {"state.safetensors": b"x"}, manifest).name
+
+
+def saved(step: int, directory: str) -> CheckpointSaved:
+    return CheckpointSaved(
+        step=step, environment_steps=10 * step, directory=directory, state_digest="d", files={}
+    )
+
+
+def test_the_last_checkpoint_that_counts_is_told_with_its_age(tmp_path: Path) -> None:
+    """The newest has its name, and no `CheckpointSaved`: its learner died in between."""
+    run_dir = record(tmp_path, training().events)
+    for step, run_id in ((1, "run-1"), (2, "run-1"), (9, "another")):
+        checkpoint(run_dir, step, position=2 * (step - 1), run_id=run_id)
+    record_learner(
+        run_dir, (4.0, stepped(1, 10)), (5.0, saved(1, "step-000000000001")), (45.0, stepped(2, 20))
+    )
+    (run_dir / "checkpoints" / "step-000000000003").mkdir()
+    metrics = status.observe(run_dir).learner.metrics
+    assert (metrics["checkpoint.step"], metrics["checkpoint.age_s"]) == (1.0, 40.0)
+    assert metrics["entropy"] == 1.5
+
+
+def test_a_run_without_a_checkpoint_tells_of_none(tmp_path: Path) -> None:
+    run_dir = record(tmp_path, training().events)
+    record_learner(run_dir, (4.0, stepped(1, 10)))
+    assert "checkpoint.step" not in status.observe(run_dir).learner.metrics
+
+
+def test_a_run_that_was_resumed_and_died_again_is_as_old_as_its_last_supervisor(tmp_path: Path) -> None:
+    world = training()
+    world.resume()
+    world.now_s = 2.0
+    world.train(learner_step=3, environment_steps=30)
+    run_dir = record(tmp_path, world.events)
+    # The second supervisor began at 1000 s by the wall clock.
+    record_learner(run_dir, (20.0, stepped(3, 30)), (1012.0, stepped(4, 40)))
+    shot = status.observe(run_dir)
+    assert (shot.elapsed_s, shot.training_elapsed_s, shot.resumes) == (12.0, 10.0, 1)
+    assert (shot.learner.step, shot.learner.before) == (4, 3)
+    assert (shot.environment.steps, shot.environment.before) == (40, 30)
+
+
+def test_damage_to_the_learners_journal_does_not_hide_how_the_run_ended(tmp_path: Path) -> None:
+    run_dir = record(tmp_path, failed().events)
+    record_learner(run_dir, (1.0, stepped(1, 10)), (2.0, stepped(2, 20)))
+    segment = next((run_dir / "journal" / "learner-0").glob("*.log"))
+    data = bytearray(segment.read_bytes())
+    data[len(data) // 2] ^= 1
+    segment.write_bytes(data)
+    shot = status.observe(run_dir)
+    assert (shot.state, status.health(shot)) == ("failed", Health.FAILED)
+    (trouble,) = shot.troubles
+    assert segment.name in trouble
+
+
 # Health
+
+
+def test_a_run_on_a_full_disk_is_degraded_and_says_so() -> None:
+    shot = msgspec.structs.replace(seen(training()), troubles=["the disk is full"])
+    assert status.health(shot) is Health.DEGRADED
+    assert status.worries(shot) == ["the disk is full"]
+    over = msgspec.structs.replace(shot, state="stopping")
+    assert status.health(over) is Health.STOPPING
+
+
+def test_a_learner_on_its_way_back_is_a_degradation_and_named() -> None:
+    world = training()
+    world.gone(LEARNER, ExitReason.SIGNAL, "SIGKILL")
+    assert status.worries(seen(world)) == ["learner-0 is scheduled again"]
+    world.wait(1)
+    world.spawn()
+    assert status.worries(seen(world)) == ["learner-0 is started again"]
+    world.ready(learner(2))
+    assert status.health(seen(world)) is Health.RUNNING
+
+
+def test_a_run_that_was_resumed_is_no_worse_for_it() -> None:
+    world = training()
+    world.gone(actor(0), ExitReason.SIGNAL)
+    world.resume()
+    world.spawn()
+    world.ready(learner(2), actor(0, 3))
+    assert world.state.phase is Phase.TRAINING
+    assert status.health(seen(world)) is Health.RUNNING, "the other actor starts late, as in any run"
 
 
 def test_a_run_is_healthy_from_its_first_training_second_to_the_end_of_its_evaluation() -> None:
@@ -286,7 +384,7 @@ def test_an_actor_that_starts_late_is_no_degradation_but_one_that_fell_is() -> N
 
 
 def test_a_run_that_is_failing_is_failed_before_its_processes_are_gone() -> None:
-    world = training()
+    world = training(max_restarts=0)
     world.gone(LEARNER, ExitReason.ERROR, "exit status 1")
     shot = seen(world)
     assert shot.state == "stopping"

@@ -224,6 +224,94 @@ def test_off_a_terminal_nothing_is_coloured_cut_wrapped_or_beyond_ascii(width: i
     assert re.search(r"\| never-grow +\| +-0.50 \[-0.60, -0.40\] \| +40.0 \[39.0, 41.0\] \|", text)
 
 
+# A run that went on
+
+
+RECOVERY = {"recovery.done": 61.0, "recovery.total": 170.0, "recovery.seconds_left": 3.2}
+
+
+def recovering(**changes: Any) -> Snapshot:
+    return snapshot(learner=LearnerView(step=17, metrics=METRICS | RECOVERY), **changes)
+
+
+def test_how_far_a_recovery_has_come_is_shown_everywhere() -> None:
+    words = "recovering 61 of 170 records, 3 s left"
+    assert words in line(recovering(), 0.0)
+    console, out = terminal()
+    console.print(picture(recovering(max_seconds=None), 0.0))
+    assert words in plain(out.getvalue())
+    console, out = pipe()
+    show(console, status_page(recovering()))
+    assert f"learner     {words}\n" in out.getvalue()
+    assert "recovering" not in line(snapshot(), 0.0)
+
+
+def test_off_a_terminal_a_recovery_begins_and_ends_with_a_line() -> None:
+    console, out = pipe()
+    view = LiveView(console)
+    for elapsed_s, shot in ((1.0, snapshot()), (2.0, recovering()), (3.0, recovering()), (4.0, snapshot())):
+        view.show(msgspec.structs.replace(shot, elapsed_s=elapsed_s), 0.0)
+    assert [text[:8] for text in out.getvalue().splitlines()] == ["[   1.0 ", "[   2.0 ", "[   4.0 "]
+
+
+def test_the_last_checkpoint_and_the_resumes_are_shown() -> None:
+    metrics = METRICS | {"checkpoint.step": 12.0, "checkpoint.age_s": 35.4}
+    console, out = pipe()
+    show(console, status_page(snapshot(learner=LearnerView(step=17, metrics=metrics), resumes=2)))
+    text = " ".join(out.getvalue().split())
+    assert "last checkpoint update 12, 35 s old" in text
+    assert "resumed 2 times" in text
+    console, out = pipe()
+    show(console, status_page(snapshot()))
+    assert "checkpoint" not in out.getvalue()
+    assert "resumed" not in out.getvalue()
+
+
+def test_troubles_and_notes_are_shown_until_they_are_over() -> None:
+    shot = snapshot(troubles=["the disk is full: nothing is taken in"], notes=["not exact"])
+    assert line(shot, 0.0).endswith("  ! the disk is full: nothing is taken in")
+    for page in (status_page(shot), picture(shot, 0.0)):
+        console, out = pipe()
+        show(console, page)
+        assert "trouble     the disk is full: nothing is taken in\n" in out.getvalue()
+        assert "note        not exact\n" in out.getvalue()
+
+
+def test_limits_are_those_of_this_invocation_and_updates_those_of_the_run() -> None:
+    gone_on = EnvironmentView(steps=12_800, before=12_000)
+    shot = snapshot(environment=gone_on, max_seconds=None, max_steps=1_000)
+    assert time_left_s(shot, 100.0) == 2.0
+    console, out = terminal()
+    console.print(picture(shot, 100.0))
+    assert "80% of the training" in plain(out.getvalue())
+    # 17 updates took 1,700 steps: another 17 take 17 s at 100 steps/s.
+    shot = snapshot(environment=EnvironmentView(steps=1_700), max_seconds=None, max_updates=34)
+    assert time_left_s(shot, 100.0) == 17.0
+    assert time_left_s(msgspec.structs.replace(shot, learner=LearnerView()), 100.0) is None
+    console, out = terminal()
+    console.print(picture(shot, 100.0))
+    assert "50% of the training" in plain(out.getvalue())
+
+
+def test_the_mean_rate_of_the_status_page_is_that_of_this_invocation() -> None:
+    console, out = pipe()
+    show(console, status_page(snapshot(environment=EnvironmentView(steps=12_800, before=12_000))))
+    assert re.search(r"steps/s +20 ", out.getvalue()), "800 steps in 40 s"
+
+
+def test_the_rate_of_a_run_that_goes_on_does_not_count_what_was_there() -> None:
+    meter = RateMeter()
+    assert meter.observe(at(0.0, 0)) == 0.0
+    assert meter.observe(at(0.0, 90_000)) == 0.0, "now the learner has said where it stands"
+    assert meter.observe(at(1.0, 90_100)) == 100.0
+
+
+def test_steps_that_were_taken_back_are_no_negative_rate() -> None:
+    meter = RateMeter()
+    meter.observe(at(0.0, 1000))
+    assert meter.observe(at(1.0, 900)) == 0.0
+
+
 # The moving picture
 
 

@@ -10,7 +10,7 @@ import msgspec
 import psutil
 
 from esper_simic.config import SupervisorConfig
-from supervisor.events import ChildId
+from supervisor.events import ChildId, ExitReason
 from supervisor.memory import (
     machine_available_bytes,
     machine_total_bytes,
@@ -19,7 +19,7 @@ from supervisor.memory import (
 )
 from supervisor.protocol import Progress
 from supervisor.vitals import Snapshot, Vitals
-from tests.supervisor.worlds import LEARNER, World, actor, pid_of
+from tests.supervisor.worlds import LEARNER, World, actor, learner, pid_of
 
 
 def report(who: ChildId, work: int, **fields: object) -> Progress:
@@ -31,26 +31,140 @@ def test_a_report_without_new_work_is_no_progress() -> None:
     vitals = Vitals()
     vitals.heard(report(actor(0), 1), 1.0)
     vitals.heard(report(actor(0), 1), 5.0)
-    assert vitals.progressed_at_s() == {actor(0): 1.0}
+    assert vitals.progressed_at_s(5.0, [actor(0)]) == {actor(0): 1.0}
     vitals.heard(report(actor(0), 2), 6.0)
-    assert vitals.progressed_at_s() == {actor(0): 6.0}
+    assert vitals.progressed_at_s(6.0, [actor(0)]) == {actor(0): 6.0}
 
 
-def test_who_waits_is_excused_while_anybody_works_and_not_when_all_wait() -> None:
+BOTH = [LEARNER, actor(0)]
+
+
+def test_who_waits_is_excused_while_another_is_at_it_and_not_when_all_wait() -> None:
     vitals = Vitals()
-    vitals.heard(report(actor(0), 1, waiting_for="credit"), 1.0)
-    vitals.heard(report(LEARNER, 1), 2.0)
-    vitals.heard(report(LEARNER, 2), 50.0)
-    assert vitals.progressed_at_s()[actor(0)] == 50.0
-    vitals.heard(report(LEARNER, 2, waiting_for="experience"), 90.0)
-    assert set(vitals.progressed_at_s().values()) == {50.0}, "a circle of waiting is nobody's progress"
+    vitals.heard(report(LEARNER, 1), 50.0)
+    vitals.heard(report(actor(0), 1, waiting_for="credit"), 52.0)
+    assert vitals.progressed_at_s(52.0, BOTH) == {LEARNER: 50.0, actor(0): 52.0}
+    vitals.heard(report(LEARNER, 1, waiting_for="experience"), 90.0)
+    vitals.heard(report(actor(0), 1, waiting_for="credit"), 90.0)
+    assert set(vitals.progressed_at_s(91.0, BOTH).values()) == {52.0}, (
+        "a circle of waiting is nobody's progress"
+    )
+
+
+def test_who_says_nothing_any_more_is_late_and_those_who_wait_for_him_are_not() -> None:
+    """A learner that was stopped while it waited: its last word was an excuse."""
+    vitals = Vitals()
+    vitals.heard(report(LEARNER, 4, waiting_for="experience"), 10.0)
+    for at_s in (10.0, 14.0, 18.0, 22.0):
+        vitals.heard(report(actor(0), 1, waiting_for="credit"), at_s)
+    assert vitals.progressed_at_s(22.0, BOTH) == {LEARNER: 10.0, actor(0): 22.0}
+
+
+def test_a_stopped_actor_is_late_although_its_last_word_was_that_it_waits_and_others_work() -> None:
+    vitals = Vitals()
+    vitals.heard(report(actor(0), 1, waiting_for="credit"), 10.0)
+    vitals.heard(report(LEARNER, 4), 10.0)
+    vitals.heard(report(LEARNER, 9), 200.0)
+    assert vitals.progressed_at_s(200.0, BOTH)[actor(0)] == 10.0
+
+
+def test_nobody_is_late_who_waits_for_one_that_is_on_its_way() -> None:
+    """A learner is being started, has said nothing yet, and takes its time."""
+    vitals = Vitals()
+    vitals.heard(report(actor(0), 1, waiting_for="learner"), 300.0)
+    assert vitals.progressed_at_s(301.0, [learner(2), actor(0)]) == {actor(0): 301.0}
+    assert vitals.progressed_at_s(301.0, [actor(0)]) == {actor(0): 300.0}
+
+
+def test_on_a_full_disk_nobody_is_late() -> None:
+    vitals = Vitals()
+    for at_s in (1.0, 500.0):
+        vitals.heard(report(LEARNER, 1, waiting_for="disk"), at_s)
+        vitals.heard(report(actor(0), 1, waiting_for="credit"), at_s)
+    assert set(vitals.progressed_at_s(500.0, BOTH).values()) == {500.0}
 
 
 def test_a_forgotten_child_is_gone_from_the_table() -> None:
     vitals = Vitals()
     vitals.heard(report(actor(0), 1), 1.0)
     vitals.forget(actor(0))
-    assert vitals.progressed_at_s() == {}
+    assert vitals.progressed_at_s(2.0, []) == {}
+
+
+# A learner that recovers
+
+
+RECOVERY = {"recovery.done": 61.0, "recovery.total": 170.0, "recovery.seconds_left": 3.0}
+
+
+def test_while_a_learner_recovers_the_last_counts_stand_and_its_progress_is_seen() -> None:
+    world, vitals = World(), Vitals()
+    world.train()
+    vitals.heard(report(LEARNER, 9, learner_step=9, environment_steps=90, metrics={"entropy": 1.0}), 1.0)
+    vitals.forget(LEARNER)
+    world.gone(LEARNER, ExitReason.SIGNAL)
+    vitals.heard(report(learner(2), 1, phase="recovering", metrics=RECOVERY), 2.0)
+    assert vitals.progressed_at_s(2.0, [learner(2)]) == {learner(2): 2.0}
+    shot = snapshot(world, vitals)
+    assert (shot.learner.step, shot.environment.steps) == (9, 90)
+    assert shot.learner.metrics == {"entropy": 1.0} | RECOVERY
+    vitals.learner_stands_at(8, 80)
+    shot = snapshot(world, vitals)
+    assert (shot.learner.step, shot.environment.steps) == (8, 80), "what was not durable is taken back"
+    assert shot.learner.metrics == {"entropy": 1.0}
+
+
+def test_a_learner_that_dies_while_it_recovers_recovers_no_more() -> None:
+    vitals = Vitals()
+    vitals.heard(report(LEARNER, 1, phase="recovering", metrics=RECOVERY), 2.0)
+    vitals.forget(LEARNER)
+    assert snapshot(World(), vitals).learner.metrics == {}
+
+
+def test_a_run_that_goes_on_counts_from_where_it_was_found() -> None:
+    world, vitals = World(max_seconds=5), Vitals()
+    world.train()
+    world.gone(actor(0), ExitReason.SIGNAL)
+    world.resume()
+    assert snapshot(world, vitals).learner.step == 0, "nobody knows yet"
+    world.train(learner_step=40, environment_steps=400)
+    shot = snapshot(world, vitals)
+    assert (shot.learner.step, shot.learner.before) == (40, 40)
+    assert (shot.environment.steps, shot.environment.before) == (400, 400)
+    vitals.heard(report(learner(2), 1, learner_step=41, environment_steps=410), 1.0)
+    shot = snapshot(world, vitals)
+    assert (shot.learner.step, shot.learner.before) == (41, 40)
+    assert (shot.environment.steps, shot.environment.before, shot.resumes) == (410, 400, 1)
+    assert {view.restarts for view in shot.processes} == {0}, "restarts are of this invocation"
+
+
+def test_a_run_that_only_has_to_measure_shows_where_its_last_checkpoint_stands() -> None:
+    world, vitals = World(max_seconds=5), Vitals()
+    world.train()
+    world.time_is_up()
+    world.end_training(learner_step=7)
+    world.resume()
+    shot = snapshot(world, vitals)
+    assert (shot.state, shot.learner.step, shot.learner.before) == ("evaluating", 7, 7)
+    assert (shot.environment.steps, shot.training_elapsed_s) == (70, 5.0)
+
+
+def test_troubles_and_notes_are_read_from_the_learners_metrics() -> None:
+    world, vitals = World(), Vitals()
+    world.train()
+    well = {"admission_paused": 0.0, "inexact": 0.0, "quarantined": 0.0}
+    vitals.heard(report(LEARNER, 1, metrics=well), 1.0)
+    shot = snapshot(world, vitals)
+    assert (shot.troubles, shot.notes) == ([], [])
+    vitals.heard(
+        report(LEARNER, 2, metrics={"admission_paused": 1.0, "inexact": 1.0, "quarantined": 2.0}), 2.0
+    )
+    shot = snapshot(world, vitals)
+    assert shot.troubles == [
+        "the disk is full: nothing is taken in until there is room again",
+        "2 records of the learner's journal are quarantined: not learned from",
+    ]
+    assert shot.notes == ["the learner's last recovery was not exact: see LearnerRecovered in its journal"]
 
 
 def snapshot(world: World, vitals: Vitals) -> Snapshot:

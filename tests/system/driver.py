@@ -49,13 +49,13 @@ class Said(NamedTuple):
         return json.loads(self.out)
 
 
-def say(*arguments: str | Path, cwd: Path | None = None) -> Said:
+def say(*arguments: str | Path, cwd: Path | None = None, within_s: float = START_DEADLINE_S) -> Said:
     """Run the command to its end."""
     done = subprocess.run(
         [COMMAND, *map(str, arguments)],
         capture_output=True,
         text=True,
-        timeout=START_DEADLINE_S,
+        timeout=within_s,
         cwd=cwd,
         check=False,
         env=os.environ | {"COLUMNS": "120"},
@@ -63,11 +63,12 @@ def say(*arguments: str | Path, cwd: Path | None = None) -> Said:
     return Said(done.returncode, done.stdout, done.stderr)
 
 
-def run_arguments(run_dir: Path, **changed: Any) -> list[str | Path]:
+def run_arguments(run_dir: Path, *, evaluation: bool = True, **changed: Any) -> list[str | Path]:
     """`run` with the small settings; changes by dotted key, dots as double underscores."""
     settings = SETTINGS | {key.replace("__", "."): value for key, value in changed.items()}
     assignments = [f"--set={key}={value}" for key, value in settings.items()]
-    return ["run", "--run-dir", run_dir, *assignments]
+    measured = "--evaluation" if evaluation else "--no-evaluation"
+    return ["run", "--run-dir", run_dir, measured, *assignments]
 
 
 def until(condition: Callable[[], object], what: str, within_s: float = DEADLINE_S) -> None:

@@ -14,21 +14,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from esper_simic.comparison import mean_interval
 from esper_simic.config import Config
 from esper_simic.evaluation import evaluate, held_out_seeds
-from esper_simic.events import (
-    CheckpointSaved,
-    ExperienceAdmitted,
-    ExperienceRefused,
-    LearnerStepped,
-    RunStarted,
-)
-from esper_simic.growing_host.spaces import observation_spec_of
+from esper_simic.events import CheckpointSaved, CheckpointStaged, LearnerStepped, RunStarted
 from esper_simic.learner import Learner, digest
-from esper_simic.trajectory import decode
 from supervisor import checkpoints
 from supervisor.config_file import config_of
 from supervisor.events import PolicyEvaluated
 from supervisor.journal import Record, read
 from supervisor.roles.evaluate import load_policy
+from supervisor.roles.fold import LearnerFold
 from supervisor.vitals import Snapshot
 from tests.system.driver import left_over, output_path, running, say
 
@@ -212,27 +205,21 @@ def configuration(tiny: Tiny) -> Config:
 def replayed(tiny: Tiny, configuration: Config) -> Replayed:
     """Fold the learner's journal, in order, into a fresh learner; every step must come to the journaled bits."""
     assert torch.get_num_threads() == configuration.supervisor.learner_threads
-    spec = observation_spec_of(configuration.environment)
-    learner = Learner(configuration, spec)
+    fold = LearnerFold(configuration, tiny.run_dir / "journal" / "learner-0", tiny.run_dir / "checkpoints")
     steps = state_digests = 0
     for record in records(tiny, "learner-0"):
-        match record.kind:
-            case "ExperienceAdmitted":
-                event = record.header_as(ExperienceAdmitted)
-                trajectory = decode(record.frames, spec, event.length, event.lanes, learner.policy.state_size)
-                learner.admit(record.position, event, trajectory)
-            case "ExperienceRefused":
-                learner.count_refused(record.header_as(ExperienceRefused).steps)
-            case "LearnerStepped":
-                made, journaled = learner.step(), record.header_as(LearnerStepped)
-                assert (made.step, made.digest) == (journaled.step, journaled.digest)
-                assert made.state_digest == journaled.state_digest, made.step
-                assert made.environment_steps == journaled.environment_steps
-                assert made.metrics == journaled.metrics
-                steps, state_digests = steps + 1, state_digests + (made.state_digest is not None)
-            case other:
-                assert other in ("RunStarted", "CheckpointSaved")
-    return Replayed(learner, steps, state_digests)
+        folded = fold.take(record)
+        if isinstance(folded.event, CheckpointStaged):
+            assert folded.state_digest == folded.event.state_digest
+        if isinstance(folded.event, LearnerStepped):
+            made, journaled = folded.report, folded.event
+            assert made is not None
+            assert (made.step, made.digest) == (journaled.step, journaled.digest)
+            assert made.state_digest == journaled.state_digest, made.step
+            assert made.environment_steps == journaled.environment_steps
+            assert made.metrics == journaled.metrics
+            steps, state_digests = steps + 1, state_digests + (made.state_digest is not None)
+    return Replayed(fold.learner, steps, state_digests)
 
 
 def test_the_journal_alone_gives_every_digest_again(replayed: Replayed) -> None:
@@ -243,14 +230,17 @@ def test_the_journal_alone_gives_every_digest_again(replayed: Replayed) -> None:
 def test_the_checkpoint_is_the_fold_of_the_journal(
     tiny: Tiny, configuration: Config, replayed: Replayed
 ) -> None:
-    record = records(tiny, "learner-0")[-1]
+    staged, record = records(tiny, "learner-0")[-2:]
     saved = record.header_as(CheckpointSaved)
     directory = tiny.run_dir / "checkpoints" / saved.directory
     manifest, files = checkpoints.load(directory)
-    assert manifest.journal_position == record.position
+    assert manifest.journal_position == saved.staged_at == staged.position
     assert saved.files == {name: file.sha256 for name, file in manifest.files.items()}
-    assert saved.state_digest == manifest.state_digest == replayed.learner.state_digest()
-    assert json.loads(files["numbers.json"]) == json.loads(json.dumps(replayed.learner.state_numbers()))
+    state = replayed.learner.state()
+    assert saved.state_digest == manifest.state_digest == state.digest
+    assert json.loads(files["numbers.json"]) == json.loads(
+        json.dumps({"numbers": state.numbers, "addresses": state.addresses})
+    )
     policy = load_policy(configuration, directory)
     last = records(tiny, "learner-0", "LearnerStepped")[-1].header_as(LearnerStepped)
     assert digest(dict(policy.named_parameters())) == last.digest

@@ -1,0 +1,69 @@
+"""One line about each of a learner's facts, for people who look for the one that mattered."""
+
+from __future__ import annotations
+
+from typing import assert_never
+
+from esper_simic.events import (
+    AdmissionPaused,
+    AdmissionResumed,
+    CheckpointSaved,
+    CheckpointStaged,
+    ExperienceAdmitted,
+    ExperienceRefused,
+    FingerprintChanged,
+    LearnerEvent,
+    LearnerRecovered,
+    LearnerStepped,
+    RecordQuarantined,
+    RunStarted,
+    StepSkipped,
+)
+
+
+def summary(event: LearnerEvent) -> str:  # noqa: C901, PLR0911, PLR0912 (a table)
+    """What happened, in one line."""
+    match event:
+        case RunStarted():
+            return f"run {event.run_id}"
+        case ExperienceAdmitted():
+            count = len(event.episodes)
+            episodes = f", {count} episode{'' if count == 1 else 's'} ended" if count else ""
+            return (
+                f"{_sender(event)}: {event.length} steps of {event.lanes} lanes by policy "
+                f"{event.policy_version}{episodes}"
+            )
+        case ExperienceRefused():
+            return f"{_sender(event)}: {event.steps} steps by policy {event.policy_version}: {event.reason}"
+        case LearnerStepped():
+            return (
+                f"step {event.step} after {event.environment_steps} environment steps, digest {event.digest}"
+            )
+        case StepSkipped():
+            return f"step {event.step}: {event.reason}"
+        case CheckpointStaged():
+            return f"step {event.step}, state {event.state_digest}"
+        case CheckpointSaved():
+            return f"{event.directory}, state {event.state_digest}"
+        case RecordQuarantined():
+            return f"record {event.position} after {event.failures} failures: {event.reason}"
+        case FingerprintChanged():
+            return f"from {event.before} to {event.after}"
+        case LearnerRecovered():
+            return _recovered(event)
+        case AdmissionPaused():
+            return f"{event.free_bytes} bytes free: {event.reason}"
+        case AdmissionResumed():
+            return f"{event.free_bytes} bytes free"
+        case _:
+            assert_never(event)
+
+
+def _sender(event: ExperienceAdmitted | ExperienceRefused) -> str:
+    return f"actor {event.actor}, life {event.incarnation}, unroll {event.sequence}"
+
+
+def _recovered(event: LearnerRecovered) -> str:
+    origin = event.checkpoint or "the start of the journal"
+    exactly = "exactly" if event.is_exact else "NOT exactly"
+    return f"life {event.incarnation} {exactly} at step {event.step} from {origin}, {event.steps_redone} steps redone"
