@@ -101,7 +101,8 @@ class Tail:
 
     def _open_successor(self, cursor: SegmentCursor) -> None:
         path = self.directory / segment_name(cursor.position)
-        if not path.exists():
+        # A segment that has lost all its records would be its own successor.
+        if path.name == cursor.path.name or not path.exists():
             raise JournalDamage(
                 cursor.path,
                 cursor.offset,

@@ -52,7 +52,7 @@ SETTINGS: Final[Mapping[str, Any]] = {
     "supervisor.keep_last": 1,
     "supervisor.keep_best": 0,
     "supervisor.journal_segment_bytes_max": 2**20,
-    "supervisor.journal_commit_interval_ms": 100,
+    "supervisor.journal_commit_interval_ms": 300,
     "supervisor.disk_reserve_bytes": 2**20,
 }
 """A run small enough to die often, with segments and checkpoints small and frequent enough to be torn. Nothing counts

@@ -15,7 +15,7 @@ from supervisor.faults import Fault
 
 ROLES: Final = ("learner", "actor", "supervisor")
 
-DAILY_PASSAGE: Final = 12
+DAILY_PASSAGE: Final = 8
 """Passage at which a point of daily work kills: the run is well under way by then, and much was promised."""
 
 RARE: Final = ("journal.segment.", "checkpoint.", "recovery.", "supervisor.resume.", "supervisor.noted.")

@@ -85,17 +85,14 @@ RESERVED_BYTES = 3 * 2**20
 
 def test_a_reserve_takes_room_on_the_disk_and_gives_it_back(tmp_path):
     reserve = Reserve(tmp_path / "reserve", RESERVED_BYTES)
-    assert not reserve.is_held
-    assert not reserve.give_up()
+    assert (reserve.is_held, reserve.give_up()) == (False, False)
     for _ in range(2):
-        assert reserve.hold()
-        assert reserve.is_held
+        assert (reserve.hold(), reserve.is_held) == (True, True)
         facts = reserve.path.stat()
         assert facts.st_size == RESERVED_BYTES
         assert facts.st_blocks * 512 >= RESERVED_BYTES, "a hole would keep nothing back"
     assert Reserve(tmp_path / "reserve", RESERVED_BYTES).is_held, "of a life before"
-    assert reserve.give_up()
-    assert not reserve.is_held
+    assert (reserve.give_up(), reserve.is_held) == (True, False)
     assert list(tmp_path.iterdir()) == []
 
 

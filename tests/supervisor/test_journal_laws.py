@@ -206,6 +206,39 @@ def test_cut_at_every_byte_of_what_was_not_synced(synced, group):
             assert contents(cut) == [*there, (len(there), "Next", {}, [])]
 
 
+def test_a_segment_with_a_successor_cut_at_any_byte_is_damage():
+    """Between two items too, where every checksum that is left is right; and down to nothing."""
+    with two_directories() as (whole, cut):
+        for number in range(4):
+            append_one_group(whole, [("Step", {"number": number}, [bytes(90)])])
+        expected = contents(whole)
+        path = segment_paths(whole)[0]
+        assert len(segment_paths(whole)) == 2
+        mark = items(path)[-1][0]
+        for end in range(path.stat().st_size):
+            shutil.rmtree(cut, ignore_errors=True)
+            shutil.copytree(whole, cut)
+            os.truncate(cut / path.name, end)
+            survive, whole_until = whole_below(path, end)
+            (damage,) = audit.verify(cut).damage
+            with pytest.raises(JournalDamage) as by_writer:
+                open_journal(cut)
+            told = [by_writer.value]
+            if end == mark:  # every record is there; the digest that the successor names tells all the same
+                assert contents(cut) == expected
+                path_named, offset_named = segment_paths(cut)[1], 24
+            else:
+                given: list[Any] = []
+                with pytest.raises(JournalDamage) as raised:
+                    given.extend(map(as_appended, read(cut)))
+                assert given == expected[:survive]
+                told.append(raised.value)
+                path_named, offset_named = cut / path.name, whole_until
+            assert (damage.segment, damage.offset) == (path_named.name, offset_named)
+            for error in told:
+                assert (error.segment, error.offset) == (path_named, offset_named)
+
+
 # ---- every flip ------------------------------------------------------------------------------------------------------
 
 
