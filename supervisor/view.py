@@ -358,8 +358,10 @@ def report(console: Console, directory: Path, outcome: RunOutcome, order: Sequen
     if outcome.exit_code:
         lines.append(f"logs of the processes: {directory / 'logs'}")
     place = shlex.quote(str(directory))
+    goes_on = [] if outcome.outcome == "finished" else [f"  simic-supervisor run --resume {place}"]
     lines += [
         "next:",
+        *goes_on,
         f"  simic-supervisor status {place}",
         f"  simic-supervisor log verify {place} --owner learner-0",
         f"  tensorboard --logdir {shlex.quote(str(directory / 'tensorboard'))}",

@@ -106,7 +106,7 @@ class Tail:
             raise JournalDamage(
                 cursor.path,
                 cursor.offset,
-                f"it ends before position {cursor.position}, and no {path.name} follows",
+                f"it ends before position {cursor.position}, and no later segment {path.name} follows",
             )
         self._cursor = SegmentCursor(path)
         self._is_closed = self._newest_name > path.name

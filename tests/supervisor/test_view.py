@@ -488,6 +488,14 @@ def test_the_report_of_a_failed_run_names_the_logs_and_shows_no_table() -> None:
     ]
 
 
+@pytest.mark.parametrize("outcome", ["stopped", "failed"])
+def test_the_report_of_a_run_that_can_go_on_says_how_first(outcome: Any) -> None:
+    console, out = pipe()
+    report(console, Path("/runs/a b"), msgspec.structs.replace(OUTCOME, outcome=outcome), (), "run")
+    lines = out.getvalue().splitlines()
+    assert lines[lines.index("next:") + 1] == "  simic-supervisor run --resume '/runs/a b'"
+
+
 # The status page
 
 
