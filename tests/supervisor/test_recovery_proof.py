@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import psutil
 import pytest
 
@@ -184,6 +185,9 @@ def test_a_recovery_must_reach_every_version_that_somebody_had_seen() -> None:
     assert examine(noted, heard(versions=(2,)), [told_too_early]).versions_lost == [2], (
         "that version 2 is there in the end, made again, is no excuse"
     )
+    later = Death("learner", 20 * S, heard(versions=(0, 1, 2)))
+    again = [*noted, Noted(3, 25 * S, *recovered(25, 2)[1:])]
+    assert examine(again, heard(versions=(2,)), [later]).is_good, "an earlier recovery knew nothing of it"
     of_an_actor = Death("actor", 5 * S, heard(versions=(2,)))
     assert examine(noted, heard(versions=(2,)), [of_an_actor]).is_good, "the learner made it later"
 
@@ -223,7 +227,8 @@ def test_an_actor_is_back_with_the_first_unroll_of_its_next_life() -> None:
     gone = ChildExited(at_s=0, role="actor", index=1, incarnation=3, reason=ExitReason.SIGNAL, detail="")
     supervisors = [
         Noted(0, 4 * S, "ChildExited", {"role": "actor", "index": 0, "incarnation": 9}),
-        Noted(1, 6 * S, "ChildExited", {"role": gone.role, "index": gone.index, "incarnation": 3}),
+        Noted(1, 5 * S + 1, "ChildExited", {"role": "learner", "index": 0, "incarnation": 1}),
+        Noted(2, 6 * S, "ChildExited", {"role": gone.role, "index": gone.index, "incarnation": 3}),
     ]
     noted = journal_of(
         admitted(1, 1, 4), admitted(7, 0, 10), admitted(8, 1, 3, 9), admitted(9, 1, 4), admitted(10, 1, 4, 2)
@@ -266,10 +271,13 @@ def test_a_loss_is_blamed_on_one_death() -> None:
     assert not made[0].is_good
 
 
-def test_a_double_admission_is_blamed_on_the_death_before_it() -> None:
-    noted = [*SEVEN[:5], Noted(5, 11 * S, *admitted(11, sequence=1)[1:]), SEVEN[6]]
+def test_a_double_admission_is_blamed_on_the_death_that_ends_its_time() -> None:
+    again = admitted(0, sequence=1)[1:]
+    noted = [*SEVEN[:3], Noted(3, 3 * S, *again), SEVEN[4], Noted(5, 11 * S, *again), SEVEN[6]]
     deaths = {0: Death("learner", 4 * S, Heard()), 1: Death("learner", 6 * S, Heard())}
-    assert [row.duplicated for row in verdict(noted, deaths, Heard(), 7)] == [0, 1, 0]
+    assert [row.duplicated for row in verdict(noted, deaths, Heard(), 7)] == [1, 1, 0]
+    only_later = [*SEVEN[:5], Noted(5, 11 * S, *again), SEVEN[6]]
+    assert [row.duplicated for row in verdict(only_later, deaths, Heard(), 7)] == [0, 1, 0]
 
 
 def test_digests_count_from_the_recovery_to_the_training_after_it() -> None:
@@ -299,6 +307,22 @@ def test_the_table_says_what_did_not_fire_and_what_was_not_equal() -> None:
     assert lines[-1] == (
         "2 of 3 faults fired: 7 acknowledged, 2 lost, 1 duplicated; digests equal after 1 of 2."
     )
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"fired": False},
+        {"lost": 1},
+        {"duplicated": 1},
+        {"is_digest_equal": False},
+        {"seconds_to_training": None},
+    ],
+)
+def test_each_thing_that_is_wrong_is_enough(changed: dict[str, Any]) -> None:
+    good = Row(fault="a.b", role="actor", fired=True, is_digest_equal=True, seconds_to_training=1.0)
+    assert good.is_good
+    assert not msgspec.structs.replace(good, **changed).is_good
 
 
 def test_the_kinds_that_are_looked_for_exist() -> None:
