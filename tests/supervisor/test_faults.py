@@ -153,9 +153,13 @@ def test_a_list_is_counted_in_order_and_every_role_has_its_own(tmp_path: Path) -
 
 
 @pytest.mark.processes
-def test_a_mark_that_another_process_left_meanwhile_disarms_the_fault(tmp_path: Path) -> None:
+def test_a_mark_that_another_process_left_meanwhile_disarms_the_fault_and_arms_the_next(
+    tmp_path: Path,
+) -> None:
     body = f"open({str(fired(tmp_path, 0))!r}, 'x').close()\n{PASSES_FIVE}"
-    assert live(tmp_path, "learner:learner.step.before:1", body)[0] == 0
+    plan = "learner:learner.step.before:2;learner:learner.step.after:2"
+    assert live(tmp_path, plan, body) == (-signal.SIGKILL, "1\n2\n3\n")
+    assert fired(tmp_path, 1).exists()
 
 
 @pytest.mark.processes
@@ -191,6 +195,31 @@ print("all passed", flush=True)
 def test_passages_of_several_threads_are_counted_exactly(tmp_path: Path, passage: int, ends: bool) -> None:
     code, said = live(tmp_path, f"learner:journal.sync.before:{passage}", THREADS)
     assert (code, said) == ((-signal.SIGKILL, "") if ends else (0, "all passed\n"))
+
+
+DURING_THE_LAST_ACT = """
+dying, at_the_point, went_on = threading.Event(), threading.Event(), threading.Event()
+
+def act():
+    dying.set()
+    at_the_point.wait(30)
+    went_on.wait(0.5)  # for as long as the other thread is held back
+
+def pass_too():
+    dying.wait(30)
+    at_the_point.set()
+    faults.point("journal.write.half")
+    print("went on", flush=True)
+    went_on.set()
+
+threading.Thread(target=pass_too, daemon=True).start()
+faults.point("journal.write.half", act)
+"""
+
+
+@pytest.mark.processes
+def test_nobody_passes_while_the_process_dies(tmp_path: Path) -> None:
+    assert live(tmp_path, "learner:journal.write.half:1", DURING_THE_LAST_ACT) == (-signal.SIGKILL, "")
 
 
 @pytest.mark.processes

@@ -170,6 +170,42 @@ def test_every_record_is_synced_before_its_position_is_told(tmp_path, monkeypatc
     journal.close()
 
 
+def synced_by(monkeypatch):
+    """Names of what is synced from now on, in order."""
+    seen: list[str] = []
+    for name in ("fsync", "fdatasync"):
+        real = getattr(os, name)
+
+        def sync(descriptor, real=real):
+            seen.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
+            real(descriptor)
+
+        monkeypatch.setattr(os, name, sync)
+    return seen
+
+
+def test_a_segment_is_durable_before_its_successor_has_a_name_and_that_before_its_records(
+    tmp_path, monkeypatch
+):
+    directory = tmp_path / "journal"
+    with open_journal(directory, segment_bytes_max=300, commit_interval_ms=1e9) as journal:
+        seen = synced_by(monkeypatch)
+        for _ in range(2):
+            journal.append("Step", {}, [bytes(250)])
+        journal.sync()
+        first, second = (path.name for path in segment_paths(directory))
+        assert seen == [first, f".{second}.tmp", "journal", second]
+
+
+def test_what_a_killed_writer_has_left_is_synced_before_it_counts(tmp_path, monkeypatch):
+    """Its last segment may have a name that only the page cache knows."""
+    directory = tmp_path / "journal"
+    fill(directory, 1)
+    seen = synced_by(monkeypatch)
+    with open_journal(directory):
+        assert seen == [tmp_path.name, segment_paths(directory)[0].name, "journal"]
+
+
 def test_a_full_backlog_blocks_append_until_the_disk_has_caught_up(tmp_path, monkeypatch):
     gate, reached = threading.Event(), threading.Event()
     real = os.fdatasync
