@@ -1,4 +1,4 @@
-"""`simic-supervisor verify-recovery` as an operator calls it, one fault each of two roles; the rest is in tests/prove."""
+"""`simic-supervisor verify-recovery` as an operator calls it, one fault each of two roles; more in tests/prove."""
 
 from __future__ import annotations
 
