@@ -184,3 +184,11 @@ def alive_after(processes: list[psutil.Process], within_s: float) -> list[psutil
     """Which of these are not gone in time; a zombie is gone."""
     _, left = psutil.wait_procs(processes, timeout=within_s)
     return [process for process in left if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+
+
+def left_after(session: int, within_s: float = 5.0) -> list[psutil.Process]:
+    """What is left of a session whose first process has ended.
+
+    The resource tracker ends by itself, a moment after the last process that could need it.
+    """
+    return alive_after(left_over(session), within_s)

@@ -17,7 +17,7 @@ from esper_simic.events import CheckpointSaved, ExperienceAdmitted
 from supervisor import checkpoints
 from supervisor.journal import read
 from supervisor.vitals import Snapshot
-from tests.system.driver import Running, Said, alive_after, is_ready, left_over, running, say, until
+from tests.system.driver import Running, Said, alive_after, is_ready, left_after, running, say, until
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(300)]
 
@@ -64,7 +64,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
         run.interrupt()
         told.exit_code = run.process.wait(60)
         told.not_gone = alive_after(tree, 5.0)
-        told.session_left = left_over(run.process.pid)
+        told.session_left = left_after(run.process.pid)
         told.output = run.output
     return told
 

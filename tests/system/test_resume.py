@@ -26,7 +26,7 @@ from tests.system.driver import (
     Running,
     alive_after,
     is_ready,
-    left_over,
+    left_after,
     running,
     say,
     until,
@@ -99,8 +99,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
     with running(told.run_dir, **MEASURE) as run:
         told.last_code = run.process.wait(START_DEADLINE_S)
         told.last_output = run.output
-        # The resource tracker ends by itself, a moment after the last who could need it.
-        told.left = alive_after(left_over(run.process.pid), 5.0)
+        told.left = left_after(run.process.pid)
     return told
 
 
@@ -229,7 +228,9 @@ def test_every_recovery_was_exact_and_began_at_a_checkpoint(story: Story) -> Non
     assert len(recovered) == 5
     assert all(event.is_exact for event in recovered), recovered
     assert [event.checkpoint != "" for event in recovered[1:]] == [True] * 4
-    assert all(event.passed_over == {} for event in recovered)
+    # A learner that dies between a checkpoint's rename and `CheckpointSaved` leaves one that does not count.
+    reasons = {why for event in recovered for why in event.passed_over.values()}
+    assert reasons <= {"no CheckpointSaved in the journal names it"}
 
 
 def test_the_run_is_one_run(story: Story) -> None:

@@ -23,7 +23,7 @@ from supervisor.journal import Record, read
 from supervisor.roles.evaluate import load_policy
 from supervisor.roles.fold import LearnerFold
 from supervisor.vitals import Snapshot
-from tests.system.driver import left_over, output_path, running, say
+from tests.system.driver import left_after, output_path, running, say
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(300)]
 
@@ -44,7 +44,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     run_dir = tmp_path_factory.mktemp("tiny") / "run"
     with running(run_dir, supervisor__max_steps=MAX_STEPS, simic_trainer__digest_every_steps=3) as run:
         code = run.process.wait(200)
-        left = [str(process) for process in left_over(run.process.pid)]
+        left = [str(process) for process in left_after(run.process.pid)]
     return Tiny(run_dir, code, output_path(run_dir).read_text("utf-8"), left)
 
 
