@@ -9,9 +9,7 @@ Four moves change its state, each a fact in the journal:
 * `skip`: an update that cannot be made was given up (`StepSkipped`); it consumes its batch.
 
 So the same journal gives the same weights, bit for bit, under the same fingerprint. Time never enters. `state` is all
-of it: tensors, numbers, and *addresses*, which name records of the journal where a copy of them would be a second
-truth. Addresses and identities of senders are no part of the state's digest: two runs in lockstep have equal digests
-although one of them was killed and has other positions and lives in its journal.
+of it.
 """
 
 from __future__ import annotations
@@ -25,7 +23,6 @@ import msgspec
 import numpy as np
 import safetensors.torch
 import torch
-import xxhash
 from torch import Tensor
 
 from esper_simic import seeding
@@ -35,6 +32,7 @@ from esper_simic.config import Config, fresh_per_batch
 from esper_simic.errors import ContractError, InvariantViolation
 from esper_simic.events import EpisodeFinished, ExperienceAdmitted, ExperienceRefused
 from esper_simic.graphs import ObservationSpec
+from esper_simic.learner_state import LearnerState, digest
 from esper_simic.learning_rates import GroupConfig, LRPolicy, UnifiedLRController
 from esper_simic.policies.graph_policy import Evaluation, GraphPolicy
 from esper_simic.replay import GraphExperienceBuffer, Held, ReplaySample
@@ -71,33 +69,6 @@ class Unconsumed(NamedTuple):
     position: int
     actor: int
     stop_serial: int
-
-
-@dataclass(frozen=True, slots=True)
-class LearnerState:
-    """All of a learner at one journal position.
-
-    Attributes:
-        tensors: By name: `policy.…` and `optimizer.<name>.<index>.…`.
-        numbers: Everything else that decides what comes; JSON types only.
-        addresses: Journal positions of what the buffer holds and of unrolls not consumed yet, and the newest sequence
-            answered of each actor's life; JSON types only.
-    """
-
-    tensors: dict[str, Tensor]
-    numbers: dict[str, Any]
-    addresses: dict[str, Any]
-
-    @property
-    def digest(self) -> str:
-        """XXH3-64 of tensors and numbers."""
-        return digest(self.tensors, repr(self.numbers).encode())
-
-    def copy(self) -> LearnerState:
-        """The same with tensors of its own, which later updates do not change."""
-        return LearnerState(
-            {name: tensor.clone() for name, tensor in self.tensors.items()}, self.numbers, self.addresses
-        )
 
 
 class Learner:
@@ -477,12 +448,3 @@ class Learner:
             "unconsumed": [list(entry) for entry in self._unconsumed],
             "answered": {str(actor): list(newest) for actor, newest in sorted(self._answered.items())},
         }
-
-
-def digest(named: dict[str, Tensor], more: bytes = b"") -> str:
-    """XXH3-64, as 16 hexadecimal digits, of tensors in the order of their names, then of more bytes."""
-    hasher = xxhash.xxh3_64()
-    for name in sorted(named):
-        hasher.update(np.ascontiguousarray(named[name].detach().numpy()).reshape(-1).view(np.uint8).data)
-    hasher.update(more)
-    return hasher.hexdigest()

@@ -144,11 +144,13 @@ class Hello(Message, frozen=True, kw_only=True):
     """An actor's words to a learner that may not know it; the learner answers with `Welcome`, then with credits.
 
     `unacknowledged` are the sequences sent and not answered. Said again to a learner that knows this life, it is
-    answered by the same `Welcome` and moves no credits.
+    answered by the same `Welcome` and moves no credits. `number` counts the greetings of this life: only the `Welcome`
+    that answers the newest one ends an actor's wait.
     """
 
     actor: int
     incarnation: int
+    number: int = 1
     unacknowledged: tuple[int, ...] = ()
 
 
@@ -158,10 +160,12 @@ class Welcome(Message, frozen=True, kw_only=True):
     `learner` is the learner's incarnation: under a new one the actor's credits begin anew, what is `settled` (the
     newest sequence of this very life that was answered, 0 for none) needs no answer any more, and all that it sent
     after it is to be sent again. `first_episodes` are the numbers of the episodes with which the lanes of a new life
-    begin. `unrolls` of this actor stand in the journal; in lockstep a new life re-simulates them.
+    begin. `unrolls` of this actor stand in the journal; in lockstep a new life re-simulates them. `answers` is the
+    number of the greeting.
     """
 
     learner: int
+    answers: int
     first_episodes: list[int]
     settled: int = 0
     unrolls: int = 0

@@ -15,7 +15,7 @@ from typing import Any, Final, Literal, NamedTuple
 
 from esper_simic.errors import ContractError, UnavailableError
 from esper_simic.events import CheckpointStaged, LearnerRecovered, LearnerStepped
-from esper_simic.learner import LearnerState
+from esper_simic.learner_state import LearnerState
 from supervisor.journal import Record
 from supervisor.playback.compare import (
     is_tensor_near,

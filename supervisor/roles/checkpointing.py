@@ -23,7 +23,8 @@ from esper_simic.config import SupervisorConfig
 from esper_simic.errors import UnavailableError
 from esper_simic.events import CheckpointSaved, CheckpointStaged
 from esper_simic.fingerprint import fingerprint
-from esper_simic.learner import Learner, LearnerState
+from esper_simic.learner import Learner
+from esper_simic.learner_state import LearnerState
 from supervisor import checkpoints, faults
 from supervisor.clock import Clock
 from supervisor.journal import Journal

@@ -34,7 +34,8 @@ from esper_simic.events import (
     StepSkipped,
 )
 from esper_simic.growing_host.spaces import observation_spec_of
-from esper_simic.learner import Learner, LearnerState, StepReport
+from esper_simic.learner import Learner, StepReport
+from esper_simic.learner_state import LearnerState
 from esper_simic.replay import Held
 from esper_simic.trajectory import Trajectory, decode
 from supervisor import checkpoints

@@ -82,7 +82,8 @@ def main(spec: ChildSpec) -> None:
             loop.begin()
             journal.sync()  # where it stands is told below
             control.ready(learner_step=learner.steps_done, environment_steps=learner.environment_steps)
-            _learn(_Organs(loop, journal, server, control, checkpointer, Admission(journal, run_dir)))
+            admission = Admission(journal, run_dir)
+            _learn(_Organs(loop, journal, server, control, checkpointer, admission, recovery.metrics()))
         checkpoint = checkpointer.save(learner)
         role, index, incarnation = spec.who
         control.tell(Stopped(role=role, index=index, incarnation=incarnation, checkpoint=checkpoint))
@@ -113,6 +114,8 @@ class _Organs:
     control: ControlChannel
     checkpointer: Checkpointer
     admission: Admission
+    recovered: dict[str, float]
+    """Of the recovery with which this life began."""
 
     def report(self, *, waiting_for: str = "", now: bool = False) -> None:
         """Say how far the work has come."""
@@ -124,7 +127,8 @@ class _Organs:
             metrics=self.loop.metrics
             | self.loop.counters()
             | self.checkpointer.metrics()
-            | {"admission_paused": float(self.admission.is_paused)},
+            | {"admission_paused": float(self.admission.is_paused)}
+            | self.recovered,
             now=now,
         )
 

@@ -7,7 +7,8 @@ learner counts anew, and with them the weights that were fetched for them.
 
 What a new life of the learner takes before the greeting it drops, to get it again after it. What it took after the
 greeting it would count; so from the moment an actor greets until it is welcomed it begins nothing. Otherwise a credit
-of the dead life could be spent on the new one, which has not given it: in lockstep a round would be made twice.
+of the dead life could be spent on the new one, which has not given it: in lockstep a round would be made twice. For the
+same reason it waits for the answer to its newest greeting: the life that answers an older one may be dead by then.
 """
 
 from __future__ import annotations
@@ -40,6 +41,9 @@ GREETING_INTERVAL_S: Final = 1.0
 GREETINGS_PER_SILENCE: Final = 100
 """A pause between two greetings is at least this part of the silence. All of them wait in the socket's queue while
 nobody takes them, and this way they fill its thousand places after nine days, not after a quarter of an hour."""
+
+PATIENCE: Final = 5
+"""A pause is this many times as long while a learner that is slow answers one greeting after the other."""
 
 
 class _Question(Enum):
@@ -83,6 +87,7 @@ class LearnerLine:
         self._weights: bytes | None = None
         self._sent: dict[int, tuple[Unroll, list[bytes]]] = {}
         self._quiet_since_s = clock.monotonic_s()
+        self._greetings = 0
         self._greet()
 
     @property
@@ -114,6 +119,8 @@ class LearnerLine:
                 self._hear(received.message, received.frames)
         since_s = self._clock.monotonic_s() - self._greeted_s
         pause_s = max(GREETING_INTERVAL_S, self._quiet_s / GREETINGS_PER_SILENCE)
+        if self._is_older_answered:
+            pause_s *= PATIENCE
         if since_s > pause_s and (self._is_greeting or self._quiet_s > GREETING_INTERVAL_S):
             self._greet()
 
@@ -158,9 +165,18 @@ class LearnerLine:
 
     def _greet(self) -> None:
         self._is_greeting = True
+        self._is_older_answered = False
+        self._greetings += 1
         self._greeted_s = self._clock.monotonic_s()
-        index, incarnation = self._who.index, self._who.incarnation
-        self._client.send(Hello(actor=index, incarnation=incarnation, unacknowledged=self.unanswered))
+        who = self._who
+        self._client.send(
+            Hello(
+                actor=who.index,
+                incarnation=who.incarnation,
+                number=self._greetings,
+                unacknowledged=self.unanswered,
+            )
+        )
 
     def _hear(self, message: Message, frames: tuple[bytes, ...]) -> None:
         match message:
@@ -181,7 +197,9 @@ class LearnerLine:
     def _welcomed(self, welcome: Welcome) -> None:
         if welcome.learner < self._learner:
             return
-        self._is_greeting = False
+        # The learner that gave it may have died since, and another may have taken the newer ones.
+        self._is_older_answered = welcome.answers != self._greetings
+        self._is_greeting = self._is_older_answered
         if welcome.learner == self._learner:
             return
         self._learner = welcome.learner

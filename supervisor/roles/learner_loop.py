@@ -116,6 +116,7 @@ class LearnerLoop:
             self._rounds.forget(actor)
         welcome = Welcome(
             learner=self._spec.who.incarnation,
+            answers=hello.number,
             first_episodes=self._first_episodes(actor),
             settled=settled,
             unrolls=self._learner.unrolls(actor),

@@ -108,8 +108,14 @@ class Recovery:
         """Whether the state is the fold of all that stands in the journal."""
         self.checkpoint_step = 0
         """Step of the checkpoint from which it began; 0 for the start of the journal."""
+        self.quarantined = 0
+        """Records that it passed over for good."""
         self.divergent_step: int | None = None
         """First update after which a digest came out otherwise than it stands in the journal."""
+
+    def metrics(self) -> dict[str, float]:
+        """What an operator should know of it for as long as this life lasts."""
+        return {"quarantined": float(self.quarantined), "inexact": float(not self.is_exact)}
 
     def run(self) -> LearnerFold:
         """Begin a journal, or fold what stands in it; in both cases journal that.
@@ -247,6 +253,7 @@ class Recovery:
 
     def _fold(self, fold: LearnerFold, tail: _Tail) -> None:
         first = fold.position
+        self.quarantined = len(tail.quarantined)
         self.is_exact = not any(position >= first for position in tail.quarantined)
         for record in read(self._journal.directory, first):
             self._attempts.begin(Work.RECORD, record.position)

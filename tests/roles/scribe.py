@@ -23,7 +23,8 @@ from esper_simic.events import (
 )
 from esper_simic.fingerprint import fingerprint
 from esper_simic.growing_host.spaces import observation_spec_of
-from esper_simic.learner import Learner, LearnerState, StepReport
+from esper_simic.learner import Learner, StepReport
+from esper_simic.learner_state import LearnerState
 from esper_simic.policies.graph_policy import GraphPolicy
 from esper_simic.trajectory import decode, encode
 from supervisor import checkpoints

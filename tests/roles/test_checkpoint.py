@@ -11,7 +11,7 @@ import safetensors.torch
 
 from esper_simic.errors import ContractError, UnavailableError
 from esper_simic.events import CheckpointSaved
-from esper_simic.learner import digest
+from esper_simic.learner_state import digest
 from supervisor import checkpoints
 from supervisor.protocol import Checkpoint
 from supervisor.roles.evaluate import load_policy

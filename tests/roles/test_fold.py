@@ -26,7 +26,8 @@ from esper_simic.events import (
     RecordQuarantined,
 )
 from esper_simic.fingerprint import fingerprint
-from esper_simic.learner import Learner, LearnerState
+from esper_simic.learner import Learner
+from esper_simic.learner_state import LearnerState
 from esper_simic.replay import Held
 from supervisor import checkpoints
 from supervisor.journal import Journal, JournalDamage, Record, read

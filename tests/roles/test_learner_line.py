@@ -39,12 +39,14 @@ FRAME_BYTES: Final = 300_000
 """More than the kernel holds for a socket."""
 
 
-def hello(*unacknowledged: int) -> Hello:
-    return Hello(actor=0, incarnation=1, unacknowledged=unacknowledged)
+def hello(number: int, *unacknowledged: int) -> Hello:
+    return Hello(actor=0, incarnation=1, number=number, unacknowledged=unacknowledged)
 
 
-def welcome(learner: int = 1, settled: int = 0, unrolls: int = 0) -> Welcome:
-    return Welcome(learner=learner, first_episodes=[0] * LANES, settled=settled, unrolls=unrolls)
+def welcome(learner: int = 1, settled: int = 0, unrolls: int = 0, answers: int = 1) -> Welcome:
+    return Welcome(
+        learner=learner, first_episodes=[0] * LANES, settled=settled, unrolls=unrolls, answers=answers
+    )
 
 
 def make_unroll(sequence: int) -> Unroll:
@@ -141,7 +143,7 @@ class Stage:
 
     def begin(self, count: int = 2, version: int = 0) -> None:
         """Be welcomed and get credits."""
-        assert self.said() == [hello()]
+        assert self.said() == [hello(1)]
         self.tell(welcome(), Credit(count=count, policy_version=version))
 
     def send(self, *sequences: int) -> None:
@@ -196,7 +198,7 @@ def test_credits_and_answers_are_counted_apart(stage: Stage) -> None:
 
 
 def test_a_turn_takes_a_credit_and_then_weights_newer_than_those_held(stage: Stage) -> None:
-    assert stage.said() == [hello()]
+    assert stage.said() == [hello(1)]
     stage.tell(welcome())
     assert not stage.line.seek_turn()
     assert stage.said() == [], "no weights are asked for before there is a credit to use them on"
@@ -257,15 +259,15 @@ def test_a_waiting_actor_greets_again_after_a_second_of_silence(stage: Stage) ->
     stage.send(1, 2)
     assert stage.said() == [make_unroll(1), make_unroll(2)]
     assert stage.after(0.9 * GREETING_INTERVAL_S) == []
-    assert stage.after(0.2 * GREETING_INTERVAL_S) == [hello(1, 2)]
+    assert stage.after(0.2 * GREETING_INTERVAL_S) == [hello(2, 1, 2)]
     assert stage.after(0.9 * GREETING_INTERVAL_S) == []
     stage.tell(Acknowledged(sequence=1, position=3))
-    assert stage.after(0.2 * GREETING_INTERVAL_S) == [hello(2)], (
+    assert stage.after(0.2 * GREETING_INTERVAL_S) == [hello(3, 2)], (
         "heard, but not answered: it was not the greeting"
     )
-    stage.tell(welcome())
+    stage.tell(welcome(answers=3))
     assert stage.after(0.9 * GREETING_INTERVAL_S) == [], "heard and answered"
-    assert stage.after(0.2 * GREETING_INTERVAL_S) == [hello(2)]
+    assert stage.after(0.2 * GREETING_INTERVAL_S) == [hello(4, 2)]
 
 
 def test_an_actor_at_work_is_not_waiting(stage: Stage) -> None:
@@ -285,7 +287,7 @@ def test_in_a_long_silence_the_pauses_grow_so_that_the_queue_holds_them_for_days
         stage.line.take()
     stage.live()
     greetings = stage.said()
-    assert set(greetings) == {hello()}
+    assert greetings == [hello(2 + index) for index in range(len(greetings))]
     assert 500 < len(greetings) < 600, "1 a second in the first 100 s, then 100 ln(t / 100 s) more"
 
 
@@ -299,7 +301,7 @@ def test_what_it_waits_for_is_named(stage: Stage) -> None:
     assert stage.line.waiting_for == "weights", "a busy learner is not an absent one"
     stage.after(A_WHILE_S)
     assert stage.line.waiting_for == "learner"
-    stage.tell(welcome())
+    stage.tell(welcome(answers=3))
     assert stage.line.waiting_for == "weights"
 
 
@@ -313,8 +315,8 @@ def test_another_learner_gets_what_is_not_settled_again_in_order_and_on_no_credi
     stage.said()
     stage.die()
     stage.live()
-    assert stage.after(A_WHILE_S) == [hello(1, 2, 3, 4)]
-    stage.tell(welcome(learner=2, settled=2))
+    assert stage.after(A_WHILE_S) == [hello(2, 1, 2, 3, 4)]
+    stage.tell(welcome(learner=2, settled=2, answers=2))
     assert stage.said() == [make_unroll(3), make_unroll(4)]
     assert (stage.line.credits, stage.line.unanswered) == (0, (3, 4)), (
         "the credits of a dead learner are void"
@@ -325,7 +327,7 @@ def test_another_learner_gets_what_is_not_settled_again_in_order_and_on_no_credi
 
 
 def test_the_same_or_an_older_learners_welcome_changes_nothing(stage: Stage) -> None:
-    assert stage.said() == [hello()]
+    assert stage.said() == [hello(1)]
     stage.tell(welcome(learner=3), Credit(count=3, policy_version=0))
     stage.send(1)
     assert stage.said() == [make_unroll(1)]
@@ -340,8 +342,8 @@ def test_an_open_question_for_weights_is_asked_again_on_the_new_learners_credit(
     assert stage.said() == [PullWeights(have_version=-1)]
     stage.die()
     stage.live()
-    assert stage.after(A_WHILE_S) == [hello()]
-    stage.tell(welcome(learner=2))
+    assert stage.after(A_WHILE_S) == [hello(2)]
+    stage.tell(welcome(learner=2, answers=2))
     assert not stage.line.seek_turn()
     stage.tell(Credit(count=1, policy_version=0))
     assert not stage.line.seek_turn()
@@ -361,8 +363,8 @@ def test_what_was_queued_while_nobody_listened_comes_before_the_greeting_and_aga
     stage.clock.advance(A_WHILE_S)
     stage.line.take()
     stage.live()
-    assert stage.said() == [make_unroll(2), make_unroll(3), hello(1, 2, 3)]
-    stage.tell(welcome(learner=2))
+    assert stage.said() == [make_unroll(2), make_unroll(3), hello(2, 1, 2, 3)]
+    stage.tell(welcome(learner=2, answers=2))
     assert stage.said() == [make_unroll(1), make_unroll(2), make_unroll(3)]
 
 
@@ -375,13 +377,13 @@ def test_nothing_begins_between_a_greeting_and_its_welcome(stage: Stage) -> None
     stage.clock.advance(A_WHILE_S)
     assert not stage.line.seek_turn()
     stage.live()
-    assert stage.said() == [make_unroll(1), PullWeights(have_version=-1), hello(1)]
+    assert stage.said() == [make_unroll(1), PullWeights(have_version=-1), hello(2, 1)]
     stage.tell(Weights(version=4), frames=(b"weights 4",))
     assert stage.line.credits == 1, "of the dead learner"
     assert not stage.line.seek_turn(), (
         "an unroll begun now would be counted by a learner that gave no credit for it"
     )
-    stage.tell(welcome(learner=2))
+    stage.tell(welcome(learner=2, answers=2))
     assert stage.said() == [make_unroll(1)]
     stage.tell(Credit(count=1, policy_version=4))
     assert stage.is_turn(version=4)
@@ -392,10 +394,10 @@ def test_a_slow_learner_that_answers_at_last_costs_no_turn(stage: Stage) -> None
     assert not stage.line.seek_turn()
     stage.clock.advance(A_WHILE_S)
     assert not stage.line.seek_turn()
-    assert stage.said() == [PullWeights(have_version=-1), hello()]
+    assert stage.said() == [PullWeights(have_version=-1), hello(2)]
     stage.tell(Weights(version=0))
     assert not stage.line.seek_turn()
-    stage.tell(welcome())
+    stage.tell(welcome(answers=2))
     assert stage.line.seek_turn()
     assert stage.said() == [], "the answer was kept"
 
@@ -405,25 +407,51 @@ def test_a_greeting_lost_with_its_learner_is_said_to_the_next_one(stage: Stage) 
     stage.send(1)
     stage.die()
     stage.live()
-    assert stage.after(A_WHILE_S)[-1] == hello(1)
+    assert stage.after(A_WHILE_S)[-1] == hello(2, 1)
     stage.die()
     stage.live()
-    assert stage.after(A_WHILE_S) == [hello(1)]
-    stage.tell(welcome(learner=3, settled=1))
+    assert stage.after(A_WHILE_S) == [hello(3, 1)]
+    stage.tell(welcome(learner=3, settled=1, answers=3))
     assert stage.said() == []
     assert stage.line.unanswered == ()
 
 
 def test_a_new_life_that_finds_no_learner_is_welcomed_by_the_first_that_comes(stage: Stage) -> None:
-    assert stage.said() == [hello()]
+    assert stage.said() == [hello(1)]
     stage.die()
     stage.clock.advance(A_WHILE_S)
     stage.line.take()
     assert stage.line.waiting_for == "learner"
     stage.live()
-    assert set(stage.said()) == {hello()}
-    stage.tell(welcome(learner=4), welcome(learner=4))
+    *_, newest = stage.said()
+    assert newest == hello(2)
+    stage.tell(welcome(learner=4), Credit(count=2, policy_version=0), welcome(learner=4, answers=2))
     assert stage.line.welcome == welcome(learner=4)
+    assert stage.line.credits == 2, "given between the two answers"
+    assert stage.is_turn()
+
+
+def test_the_answer_of_a_learner_that_died_since_begins_nothing(stage: Stage) -> None:
+    """Its next life took the newer greeting, which named what is out: an unroll more would be one too many."""
+    stage.begin(count=2)
+    stage.send(1)
+    assert stage.after(A_WHILE_S)[-1] == hello(2, 1)
+    assert stage.after(A_WHILE_S) == [hello(3, 1)]
+    stage.tell(welcome(answers=2))
+    assert not stage.is_turn(), "the third may have been taken by another life"
+    stage.tell(welcome(learner=2, settled=1, answers=3), Credit(count=1, policy_version=0))
+    assert stage.line.credits == 1
+    assert stage.is_turn()
+
+
+def test_a_learner_slower_than_the_greetings_is_not_greeted_for_ever(stage: Stage) -> None:
+    stage.begin(count=1)
+    assert stage.after(A_WHILE_S) == [hello(2)]
+    assert stage.after(A_WHILE_S) == [hello(3)]
+    stage.tell(welcome(answers=2))
+    assert stage.after(A_WHILE_S) == [], "its answer to the third is on the way"
+    stage.tell(welcome(answers=3))
+    assert stage.is_turn()
 
 
 # ---- promises --------------------------------------------------------------------------------------------------------

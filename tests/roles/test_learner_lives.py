@@ -112,7 +112,7 @@ def test_what_was_durable_is_settled_and_what_was_not_is_sent_again_and_taken_on
     player.greet()
     held.make_durable()
     (welcome,) = [message for message in player.line.heard if isinstance(message, Welcome)]
-    assert welcome == Welcome(learner=2, first_episodes=[3] * LANES, settled=2, unrolls=2)
+    assert welcome == Welcome(learner=2, answers=1, first_episodes=[3] * LANES, settled=2, unrolls=2)
     player.hear()
     assert player.unanswered == {}
 
@@ -226,7 +226,7 @@ def test_a_new_life_of_an_actor_begins_where_the_journal_says_after_a_restart_to
     held.kill()
     held.live(2)
     new = held.actor(incarnation=2)
-    assert new.heard[0] == Welcome(learner=2, first_episodes=[8] * LANES, settled=0, unrolls=1)
+    assert new.heard[0] == Welcome(learner=2, answers=1, first_episodes=[8] * LANES, settled=0, unrolls=1)
     old.heard.clear()
     old.hello((1,))
     held.settle(old)

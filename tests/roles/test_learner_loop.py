@@ -43,7 +43,7 @@ def fill(held: Bench, actor: Actor, unrolls: int = 2) -> None:
 def test_a_greeting_is_answered_with_where_to_begin_and_with_credits(held: Bench) -> None:
     actor = held.actor()
     assert actor.heard == [
-        Welcome(learner=1, first_episodes=[0] * LANES, settled=0, unrolls=0),
+        Welcome(learner=1, answers=1, first_episodes=[0] * LANES, settled=0, unrolls=0),
         Credit(count=IN_FLIGHT, policy_version=0),
     ]
 
@@ -57,7 +57,7 @@ def test_a_greeting_is_answered_once_all_that_it_tells_is_durable(held: Bench) -
     assert new.heard == [], "the episodes that it is told of are admitted, and not durable"
     held.make_durable()
     assert new.heard == [
-        Welcome(learner=1, first_episodes=[6] * LANES, settled=0, unrolls=1),
+        Welcome(learner=1, answers=1, first_episodes=[6] * LANES, settled=0, unrolls=1),
         Credit(count=IN_FLIGHT, policy_version=0),
     ], "what only filled the buffer was consumed at once"
 
@@ -66,9 +66,11 @@ def test_a_new_life_begins_behind_every_episode_that_was_admitted(held: Bench) -
     old = held.actor()
     held.send(old, episode_numbers=[3, 0, 0, 0], episodes=[episode(lane=1, number=6)])
     new = held.actor(incarnation=2)
-    assert new.take(Welcome) == [Welcome(learner=1, first_episodes=[4, 8, 1, 1], settled=0, unrolls=1)]
+    assert new.take(Welcome) == [
+        Welcome(learner=1, answers=1, first_episodes=[4, 8, 1, 1], settled=0, unrolls=1)
+    ]
     other = held.actor(1)
-    assert other.take(Welcome) == [Welcome(learner=1, first_episodes=[0] * LANES)]
+    assert other.take(Welcome) == [Welcome(learner=1, answers=1, first_episodes=[0] * LANES)]
 
 
 def test_nothing_is_acknowledged_before_the_journal_has_it(held: Bench) -> None:

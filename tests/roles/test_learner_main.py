@@ -169,6 +169,7 @@ def test_it_learns_tells_and_leaves_a_checkpoint(life: Life) -> None:
     assert Path(stopped.checkpoint.path).parent == life.run_dir / "checkpoints"
 
     last = life.said(Progress)[-1]
+    assert (last.metrics["quarantined"], last.metrics["inexact"]) == (0, 0)
     assert (last.work, last.learner_step, last.environment_steps) == (2, 2, 6 * T * LANES), (
         "the last word on it"
     )
@@ -218,7 +219,9 @@ def test_a_later_life_says_where_it_stands_and_the_same_actor_goes_on(life: Life
     life.actor.heard.clear()
     life.actor.hello()
     life.until(lambda: any(isinstance(message, Welcome) for message in life.actor.heard))
-    assert life.actor.take(Welcome) == [Welcome(learner=2, first_episodes=[1] * LANES, settled=6, unrolls=6)]
+    assert life.actor.take(Welcome) == [
+        Welcome(learner=2, answers=1, first_episodes=[1] * LANES, settled=6, unrolls=6)
+    ]
     life.teach(3)
     assert life.stop().checkpoint is not None
     steps = [record.header["step"] for record in life.records(LearnerStepped)]
@@ -242,6 +245,9 @@ def test_after_an_inexact_recovery_it_serves_only_once_its_checkpoint_counts(tmp
         assert not recovered["is_exact"]
         assert saved["state_digest"] == recovered["state_digest"]
         assert (life.run_dir / "checkpoints" / saved["directory"]).is_dir()
+        life.until(lambda: life.said(Progress))
+        metrics = life.said(Progress)[-1].metrics
+        assert (metrics["quarantined"], metrics["inexact"]) == (1, 1)
 
 
 def test_in_lockstep_it_is_ready_once_the_updates_of_the_last_round_are_made(tmp_path: Path) -> None:

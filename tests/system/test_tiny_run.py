@@ -15,7 +15,8 @@ from esper_simic.comparison import mean_interval
 from esper_simic.config import Config
 from esper_simic.evaluation import evaluate, held_out_seeds
 from esper_simic.events import CheckpointSaved, CheckpointStaged, LearnerStepped, RunStarted
-from esper_simic.learner import Learner, digest
+from esper_simic.learner import Learner
+from esper_simic.learner_state import digest
 from supervisor import checkpoints
 from supervisor.config_file import config_of
 from supervisor.events import PolicyEvaluated
