@@ -37,7 +37,8 @@ NOT_PASSED: Final = {"supervisor": ("journal.segment.",)}
 AT_THE_END: Final = ("supervisor.noted.before",)
 """Points that are passed only when the run is stopped."""
 
-LEADS_TO_RECOVERY: Final = "learner.step.after"
+LEADS_TO_RECOVERY: Final = "checkpoint.prune.before"
+"""A death at which a checkpoint counts already, so that the recovery comes to every one of its points."""
 
 
 def plan(role: str, names: Sequence[str] = ()) -> list[Fault]:

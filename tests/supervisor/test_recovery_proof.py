@@ -106,7 +106,7 @@ def test_a_fault_that_cannot_fire_yet_never_holds_up_the_others() -> None:
     assert not points[0].startswith("recovery.")
     assert plan("supervisor")[-1].point == "supervisor.noted.before", "only an orderly stop passes it"
     alone = plan("learner", ["recovery.fold.after"])
-    assert [fault.point for fault in alone] == ["learner.step.after", "recovery.fold.after"]
+    assert [fault.point for fault in alone] == ["checkpoint.prune.before", "recovery.fold.after"]
 
 
 def test_points_of_other_roles_are_passed_over_and_unknown_ones_refused() -> None:
