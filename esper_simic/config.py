@@ -9,41 +9,45 @@ Sections carry the names of the requirements: `simic_trainer`, `experience_buffe
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any, Final, Literal
 
 import yaml
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
+from esper_simic.config_environment import (
+    BLUEPRINT_NAMES,
+    DEFAULT_BLUEPRINTS,
+    HOST_NAMES,
+    HOST_SURFACES,
+    EnvironmentConfig,
+    GovernorConfig,
+    slot_names,
+)
+from esper_simic.config_rewards import RewardConfig
+from esper_simic.config_section import Section, did_you_mean
 from esper_simic.errors import ConfigError
 
-BLUEPRINT_NAMES: Final = ("norm", "attention", "depthwise", "conv_light", "conv_heavy")
-"""The blueprints this version can graft (all keep the shape of their input)."""
+__all__ = [
+    "BLUEPRINT_NAMES",
+    "DEFAULT_BLUEPRINTS",
+    "HOST_NAMES",
+    "HOST_SURFACES",
+    "BufferConfig",
+    "Config",
+    "EnvironmentConfig",
+    "GovernorConfig",
+    "RewardConfig",
+    "SupervisorConfig",
+    "TrainerConfig",
+    "fresh_per_batch",
+    "parse",
+    "parse_mapping",
+    "slot_names",
+    "to_yaml",
+]
 
 SEED_MAX: Final = 2**63 - 1
-
-
-class Section(BaseModel):
-    """A frozen part of the configuration in which unknown keys are errors."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _no_truth_for_numbers(cls, value: object, info: ValidationInfo) -> object:
-        # YAML reads `no`, `on`, `yes` as truth values; as numbers they would silently be 0 and 1.
-        if isinstance(value, bool) and cls.model_fields[info.field_name or ""].annotation is not bool:
-            raise ValueError("a truth value (YAML reads yes, no, on, off as such) cannot stand here")
-        return value
 
 
 class TrainerConfig(Section):
@@ -132,86 +136,6 @@ class BufferConfig(Section):
         description="Share of each batch drawn from the buffer; the rest is fresh. "
         "Every experience is thus used 1 / (1 - replay_ratio) times on average.",
     )
-
-
-class RewardConfig(Section):
-    """`environment.reward`: the weights of the BASIC reward, each a named part of the reward."""
-
-    mode: Literal["basic"] = Field(
-        "basic", description="Which reward; BASIC cannot be farmed by never fossilising."
-    )
-    potential_weight: float = Field(0.3, ge=0, description="Weight of the potential-based shaping.")
-    stage_bonus_per_epoch: float = Field(
-        0.3, ge=0, description="Growth of a slot's potential per epoch in its stage."
-    )
-    stage_bonus_max: float = Field(2.0, ge=0, description="Bound of that growth.")
-    rent_weight: float = Field(
-        0.01, ge=0, description="Cost per epoch of blended parameters, relative to the host's own count."
-    )
-    fossil_bonus_base: float = Field(0.3, ge=0, description="Reward for fossilising a seed that contributes.")
-    fossil_bonus_per_point: float = Field(
-        0.5, ge=0, description="Reward per accuracy point (harmonic mean of contribution and progress)."
-    )
-    fossil_bonus_max: float = Field(5.0, ge=0, description="Bound of the whole fossil bonus.")
-    terminal_accuracy_weight: float = Field(
-        0.05, ge=0, description="Reward per accuracy point at the episode's end."
-    )
-    terminal_parameter_weight: float = Field(
-        0.1,
-        ge=0,
-        description="Cost at the episode's end of added parameters, relative to the host's own count.",
-    )
-
-
-class EnvironmentConfig(Section):
-    """`environment`: the task, the host that grows on it, and the rules of growth."""
-
-    task: Literal["digits"] = Field("digits", description="Data set on which hosts are trained.")
-    host: Literal["rescue"] = Field("rescue", description="Host network; rescue is too small for its task.")
-    slots: tuple[str, ...] = Field(("r0c0", "r0c1", "r0c2"), description="Slots that may be grown into.")
-    blueprints: tuple[str, ...] = Field(BLUEPRINT_NAMES, description="Blueprints a controller may choose.")
-    environments_per_actor: int = Field(32, ge=1, le=4096, description="Lanes stepped as one computation.")
-    max_epochs: int = Field(60, ge=4, le=10_000, description="Host epochs in an episode (its horizon).")
-    train_batches: int = Field(8, ge=1, le=10_000, description="Training batches in a host epoch.")
-    train_batch_size: int = Field(32, ge=2, le=4096, description="Samples in a training batch of one host.")
-    validation_samples: int = Field(
-        256, ge=10, le=1_000_000, description="Held-out samples measured each epoch."
-    )
-    host_lr: float = Field(0.03, gt=0, le=10, description="SGD learning rate of the host.")
-    seed_lr: float = Field(0.03, gt=0, le=10, description="SGD learning rate of a seed.")
-    momentum: float = Field(0.9, ge=0, lt=1, description="SGD momentum of host and seeds.")
-    max_grad_norm: float = Field(
-        1.0, gt=0, description="Gradient norm limit of the host and of each seed, apart."
-    )
-    training_epochs_min: int = Field(10, ge=1, description="Epochs in TRAINING before gate G2 can open.")
-    gradient_health_min: float = Field(0.7, ge=0, le=1, description="Gradient health that gate G2 asks for.")
-    prune_age_min: int = Field(5, ge=0, description="Epochs a seed must have lived before it may be pruned.")
-    embargo_epochs: int = Field(5, ge=0, description="Epochs a pruned slot stays closed.")
-    max_seeds: int | None = Field(
-        None, ge=1, description="Seeds alive or fossilised at once; unset: all slots."
-    )
-    mask_gates: bool = Field(True, description="Mask an ADVANCE or FOSSILIZE that its gate would refuse.")
-    stagger: bool = Field(True, description="Cut lanes' first episodes short so that their phases spread.")
-    reward: RewardConfig = Field(default_factory=RewardConfig)
-
-    @field_validator("slots")
-    @classmethod
-    def _known_slots(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        return _distinct_known(value, ("r0c0", "r0c1", "r0c2"), "slot")
-
-    @field_validator("blueprints")
-    @classmethod
-    def _known_blueprints(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        return _distinct_known(value, BLUEPRINT_NAMES, "blueprint")
-
-    @model_validator(mode="after")
-    def _horizon_fits_a_seed(self) -> EnvironmentConfig:
-        if self.max_epochs <= self.training_epochs_min:
-            raise ValueError(
-                f"no seed can finish: max_epochs {self.max_epochs} must exceed training_epochs_min "
-                f"{self.training_epochs_min}"
-            )
-        return self
 
 
 class SupervisorConfig(Section):
@@ -341,23 +265,6 @@ def fresh_per_batch(config: Config) -> int:
     return batch - round(batch * config.experience_buffer.replay_ratio)
 
 
-def _distinct_known(value: tuple[str, ...], known: Iterable[str], noun: str) -> tuple[str, ...]:
-    known = tuple(known)
-    for name in value:
-        if name not in known:
-            raise ValueError(
-                f"unknown {noun} {name!r}{_did_you_mean(name, known)}; known: {', '.join(known)}"
-            )
-    if not value or len(set(value)) != len(value):
-        raise ValueError(f"name at least one {noun}, each once")
-    return value
-
-
-def _did_you_mean(word: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f"; did you mean {near[0]!r}?" if near else ""
-
-
 def parse(text: str, *, base: Mapping[str, Any] | None = None, assignments: Iterable[str] = ()) -> Config:
     """Parse YAML text into a configuration.
 
@@ -436,7 +343,7 @@ def _explain(error: ValidationError) -> ConfigError:
     key = ".".join(path)
     if first["type"] == "extra_forbidden":
         known = _keys_at(path[:-1])
-        hint = _did_you_mean(path[-1], known) or "; known here: " + ", ".join(known)
+        hint = did_you_mean(path[-1], known) or "; known here: " + ", ".join(known)
         message = f"unknown key{hint}"
     else:
         message = first["msg"].removeprefix("Value error, ")

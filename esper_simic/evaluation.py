@@ -1,7 +1,8 @@
 """Whole episodes of any controller on held-out seeds: one function for the learned policy and every baseline.
 
 Controllers are compared on the same seeds: held-out seed i is the stream `(run_seed, "evaluation", i)`, which no
-training episode uses.
+training episode uses. What two of them differ by is taken seed by seed (`compare`). Chance of a bootstrap is the stream
+`(first seed, "bootstrap")`: a function of the run, and the same for every controller.
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ import torch
 
 from esper_simic import seeding
 from esper_simic.actions import HEADS
-from esper_simic.comparison import Interval, mean_interval
+from esper_simic.comparison import Estimate, Interval, Paired, bootstrap_interval, mean_interval, paired
 from esper_simic.config import EnvironmentConfig
 from esper_simic.errors import InvariantViolation
 from esper_simic.growing_host.controllers import (
     Controller,
+    Farm,
+    FixedSchedule,
     HeuristicController,
     NeverGrow,
     PatientController,
@@ -45,13 +48,29 @@ class EpisodeOutcome(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PolicyOutcome(msgspec.Struct, frozen=True, kw_only=True):
-    """A controller's episodes and, always together, the intervals of return, accuracy and parameters added."""
+    """A controller's episodes and, always together, the intervals of return, accuracy and parameters added.
+
+    Of each the mean with Student's interval, and the interquartile mean with its bootstrap interval.
+    """
 
     name: str
     episodes: list[EpisodeOutcome]
     episode_return: Interval
     accuracy: Interval
     parameters_added: Interval
+    episode_return_middle: Estimate
+    accuracy_middle: Estimate
+    parameters_added_middle: Estimate
+
+
+class PolicyComparison(msgspec.Struct, frozen=True, kw_only=True):
+    """One controller against another on the same seeds; a positive difference means that the first has more."""
+
+    name: str
+    against: str
+    episode_return: Paired
+    accuracy: Paired
+    parameters_added: Paired
 
 
 class _Acting(Protocol):
@@ -92,6 +111,8 @@ def baseline_names() -> tuple[str, ...]:
 _BASELINES: Final[dict[str, Callable[[int], Controller]]] = {
     "heuristic": HeuristicController,
     "patient": lambda lanes: PatientController(),
+    "fixed-schedule": lambda lanes: FixedSchedule(),
+    "farm": lambda lanes: Farm(),
     "random": lambda lanes: RandomController(),
     "never-grow": lambda lanes: NeverGrow(),
 }
@@ -129,13 +150,54 @@ def evaluate(
     for start in range(0, len(seeds), width):
         chunk = list(seeds[start : start + width])
         episodes.extend(_episodes(name, config, chunk, gamma, policy, observer or _unobserved))
+    returns, accuracies, parameters = _figures(episodes)
     return PolicyOutcome(
         name=name,
         episodes=episodes,
-        episode_return=mean_interval([episode.episode_return for episode in episodes]),
-        accuracy=mean_interval([episode.accuracy for episode in episodes]),
-        parameters_added=mean_interval([float(episode.parameters_added) for episode in episodes]),
+        episode_return=mean_interval(returns),
+        accuracy=mean_interval(accuracies),
+        parameters_added=mean_interval(parameters),
+        episode_return_middle=bootstrap_interval([returns], rng=_chance(seeds[0])),
+        accuracy_middle=bootstrap_interval([accuracies], rng=_chance(seeds[0])),
+        parameters_added_middle=bootstrap_interval([parameters], rng=_chance(seeds[0])),
     )
+
+
+def compare(ours: PolicyOutcome, theirs: PolicyOutcome) -> PolicyComparison:
+    """What two controllers differ by, seed by seed.
+
+    Raises:
+        ValueError: They were not measured on the same seeds in the same order.
+    """
+    seeds = [episode.seed for episode in ours.episodes]
+    if seeds != [episode.seed for episode in theirs.episodes]:
+        raise ValueError(
+            f"{ours.name!r} and {theirs.name!r} were measured on different seeds: evaluate both on one list"
+        )
+    episode_return, accuracy, parameters_added = (
+        paired(one, other, rng=_chance(seeds[0]))
+        for one, other in zip(_figures(ours.episodes), _figures(theirs.episodes), strict=True)
+    )
+    return PolicyComparison(
+        name=ours.name,
+        against=theirs.name,
+        episode_return=episode_return,
+        accuracy=accuracy,
+        parameters_added=parameters_added,
+    )
+
+
+def _figures(episodes: Sequence[EpisodeOutcome]) -> tuple[list[float], list[float], list[float]]:
+    """Returns, accuracies, parameters added: one entry an episode."""
+    return (
+        [episode.episode_return for episode in episodes],
+        [episode.accuracy for episode in episodes],
+        [float(episode.parameters_added) for episode in episodes],
+    )
+
+
+def _chance(seed: int) -> np.random.Generator:
+    return seeding.generator(seed, "bootstrap")
 
 
 def _unobserved() -> None:

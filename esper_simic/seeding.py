@@ -7,6 +7,8 @@ name gives the same numbers in any process, in any order of use, so nothing abou
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -30,3 +32,14 @@ def generator(*name: int | str) -> np.random.Generator:
     digest = hashlib.sha256(msgspec.msgpack.encode(name)).digest()
     key = np.frombuffer(digest[:16], dtype=np.uint64)
     return np.random.Generator(np.random.Philox(key=key))
+
+
+def restored(state: Mapping[str, Any]) -> np.random.Generator:
+    """A generator that goes on where another one stood, by that one's `bit_generator.state`.
+
+    Raises:
+        ValueError: It is not the state of a Philox generator.
+    """
+    stream = np.random.Philox()
+    stream.state = state  # type: ignore[assignment]
+    return np.random.Generator(stream)

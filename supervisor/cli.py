@@ -19,7 +19,7 @@ from rich.console import Console
 
 from esper_simic.config import Config, parse, to_yaml
 from esper_simic.errors import ConfigError, SimicError, UnavailableError
-from supervisor import cli_history, config_file, faults, status, view
+from supervisor import cli_history, cli_report, config_file, faults, status, view
 from supervisor.cli_common import (
     CONFIGURATION,
     FAILED,
@@ -76,6 +76,7 @@ config_app = commands("Check and explain configurations.")
 app.add_typer(cli_history.log_app, name="log")
 app.add_typer(cli_history.checkpoint_app, name="checkpoint")
 app.command("replay")(cli_history.replay)
+app.command("report")(cli_report.report)
 app.command("verify-recovery")(cli_history.verify_recovery)
 app.add_typer(config_app, name="config")
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from esper_simic.comparison import mean_interval
+from esper_simic import seeding
+from esper_simic.comparison import bootstrap_interval, interquartile_mean, mean_interval, paired
 from esper_simic.config import EnvironmentConfig, TrainerConfig
 from esper_simic.evaluation import (
     LEARNED,
     PolicyOutcome,
     baseline_names,
+    compare,
     evaluate,
     held_out_seeds,
 )
@@ -122,12 +124,51 @@ def test_never_growing_adds_nothing_and_patience_does() -> None:
     assert any(episode.parameters_added > 0 for episode in run("patient", longer).episodes)
 
 
+def test_of_the_schedules_only_farming_keeps_nothing() -> None:
+    longer = CONFIG.model_copy(update={"max_epochs": 40})
+    fossils = {
+        name: sum(episode.fossils for episode in run(name, longer).episodes)
+        for name in ("fixed-schedule", "patient", "farm")
+    }
+    assert fossils["farm"] == 0
+    assert min(fossils["fixed-schedule"], fossils["patient"]) > 0
+
+
 def test_the_intervals_are_those_of_the_episodes() -> None:
     outcome = run("heuristic")
     assert outcome.episode_return == mean_interval([episode.episode_return for episode in outcome.episodes])
     assert outcome.accuracy == mean_interval([episode.accuracy for episode in outcome.episodes])
     assert outcome.parameters_added == mean_interval([float(e.parameters_added) for e in outcome.episodes])
     assert all(0 <= episode.accuracy <= 100 for episode in outcome.episodes)
+    for middle, values in (
+        (outcome.episode_return_middle, [episode.episode_return for episode in outcome.episodes]),
+        (outcome.accuracy_middle, [episode.accuracy for episode in outcome.episodes]),
+        (outcome.parameters_added_middle, [float(e.parameters_added) for e in outcome.episodes]),
+    ):
+        assert middle.value == interquartile_mean(values)
+        assert middle == bootstrap_interval([values], rng=seeding.generator(SEEDS[0], "bootstrap"))
+
+
+def test_two_controllers_are_compared_seed_by_seed() -> None:
+    ours, theirs = run("heuristic"), run("random")
+    found = compare(ours, theirs)
+    assert (found.name, found.against) == ("heuristic", "random")
+    pairs = [
+        (one.accuracy, other.accuracy) for one, other in zip(ours.episodes, theirs.episodes, strict=True)
+    ]
+    first, second = [list(side) for side in zip(*pairs, strict=True)]
+    assert found.accuracy == paired(first, second, rng=seeding.generator(SEEDS[0], "bootstrap"))
+    assert found.episode_return.mean.value == pytest.approx(
+        ours.episode_return.mean - theirs.episode_return.mean
+    )
+    same = compare(ours, ours)
+    for figure in (same.episode_return, same.accuracy, same.parameters_added):
+        assert (figure.seeds, figure.mean.sign(), figure.probability.value) == (len(SEEDS), 0, 0.5)
+
+
+def test_other_seeds_are_no_comparison() -> None:
+    with pytest.raises(ValueError, match="different seeds"):
+        compare(run("random"), run("random", seeds=SEEDS[::-1]))
 
 
 def test_another_policy_learns_another_outcome_and_evaluation_changes_no_weights() -> None:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from esper_simic.config import RewardConfig
+from esper_simic.config_rewards import RewardConfig
 from esper_simic.lifecycle import BLENDED, SeedStage
 from esper_simic.rewards import BASIC_PARTS, Outcome, basic, fossil_bonus, potential
 

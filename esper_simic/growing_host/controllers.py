@@ -110,16 +110,16 @@ class RandomController:
         return actions
 
 
-class PatientController:
-    """A fixed schedule: `conv_light` into each slot in turn, on as soon as gates allow, kept after a while of HOLDING.
+class _Schedule:
+    """A fixed schedule: `conv_light` (or the first blueprint offered) into each slot in turn, on as gates allow.
 
     When several things are legal, keeping a seed goes before advancing one, and that before germinating another.
 
     Args:
-        holding_epochs: Epochs in HOLDING before a seed is fossilised.
+        holding_epochs: Epochs in HOLDING before a seed is fossilised; None: it never is.
     """
 
-    def __init__(self, holding_epochs: int = 5) -> None:
+    def __init__(self, holding_epochs: int | None) -> None:
         self._holding_epochs = holding_epochs
 
     def reset(self, lanes: Bools) -> None:
@@ -129,11 +129,41 @@ class PatientController:
         """The next step of the schedule in every lane."""
         legal = op_slots(view)
         actions = waiting(view)
-        held = legal[:, Op.FOSSILIZE] & (view.epochs_in_stage >= self._holding_epochs)
         _choose(actions, Op.GERMINATE, legal[:, Op.GERMINATE])
         _choose(actions, Op.ADVANCE, legal[:, Op.ADVANCE])
-        _choose(actions, Op.FOSSILIZE, held)
+        if self._holding_epochs is not None:
+            held = legal[:, Op.FOSSILIZE] & (view.epochs_in_stage >= self._holding_epochs)
+            _choose(actions, Op.FOSSILIZE, held)
         return actions
+
+
+class PatientController(_Schedule):
+    """The fixed schedule that keeps a seed after a while of HOLDING.
+
+    Args:
+        holding_epochs: Epochs in HOLDING before a seed is fossilised.
+    """
+
+    def __init__(self, holding_epochs: int = 5) -> None:
+        super().__init__(holding_epochs)
+
+
+class FixedSchedule(_Schedule):
+    """The fixed schedule that keeps a seed as soon as it may."""
+
+    def __init__(self) -> None:
+        super().__init__(0)
+
+
+class Farm(_Schedule):
+    """The fixed schedule that never keeps a seed: it is blended in and held for ever.
+
+    The test of a reward: one that pays for attribution every epoch pays this controller best, though it finishes
+    nothing. No default reward may.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(None)
 
 
 class HeuristicController:
@@ -142,12 +172,16 @@ class HeuristicController:
     * Germinate when the accuracy has not risen by `PLATEAU_POINTS` for three epochs, from epoch 5 on, once the loss is
       stable (three epochs with less than 3 % relative improvement each), and five epochs after the last prune. The
       blueprint is the first of the rotation whose penalty is at most 3 (the least penalised where all are above): a
-      prune adds 2 to its blueprint's penalty, which halves every epoch; a disabled blueprint is never chosen. The
-      rotation moves on with each germination.
+      prune adds 2 to its blueprint's penalty, which halves every epoch; a blueprint that is not offered is never
+      chosen. The rotation moves on with each germination. Where none of it is offered, the plainest one is taken.
     * Advance whenever legal.
     * Fossilise in HOLDING when the contribution exceeds 0.5 points.
-    * Prune a seed when the accuracy lies 2 points below that at its germination, or when it is in HOLDING, has not
-      contributed 0.5 points, and has had five epochs to do so.
+    * Prune a live seed when the accuracy lies 2 points below that at its germination.
+    * Prune a blended seed that brings no improvement: five epochs in HOLDING and its contribution still at most 0.5
+      points, or five epochs in BLENDING, the same, and the accuracy not above that at the start of BLENDING. (A seed
+      in TRAINING cannot change the accuracy; it is not judged.)
+    * Prune ransomware: a seed in HOLDING whose contribution exceeds 0.5 points while the accuracy lies below that at
+      its germination. The host has come to lean on it and is none the better for it.
     """
 
     ROTATION: Final = ("conv_light", "conv_heavy", "attention", "norm", "depthwise")
@@ -157,7 +191,7 @@ class HeuristicController:
     STABLE_IMPROVEMENT: Final = 0.03
     EMBARGO_EPOCHS: Final = 5
     CONTRIBUTION_MIN: Final = 0.5
-    HOLDING_EPOCHS_MAX: Final = 5
+    IDLE_EPOCHS_MAX: Final = 5
     LOSS_POINTS: Final = 2.0
     PENALTY: Final = 2.0
     PENALTY_DECAY: Final = 0.5
@@ -185,8 +219,9 @@ class HeuristicController:
         ready = legal[:, Op.GERMINATE] & self._wants_growth(view)[:, None]
         _choose(actions, Op.GERMINATE, ready)
         _choose(actions, Op.ADVANCE, legal[:, Op.ADVANCE])
-        _choose(actions, Op.FOSSILIZE, legal[:, Op.FOSSILIZE] & (contribution > self.CONTRIBUTION_MIN))
-        _choose(actions, Op.PRUNE, legal[:, Op.PRUNE] & self._useless(view, contribution))
+        worthy = contribution > self.CONTRIBUTION_MIN
+        _choose(actions, Op.FOSSILIZE, legal[:, Op.FOSSILIZE] & worthy & ~self._ransomware(view, worthy))
+        _choose(actions, Op.PRUNE, legal[:, Op.PRUNE] & self._useless(view, worthy))
         self._note(actions, view)
         return actions
 
@@ -199,14 +234,16 @@ class HeuristicController:
         stable = (improvement < self.STABLE_IMPROVEMENT).all(axis=1)
         return np.asarray(enough & plateau & stable & (self._epochs_since_prune > self.EMBARGO_EPOCHS))
 
-    def _useless(self, view: HostView, contribution: NDArray[np.float64]) -> Bools:
-        below = view.accuracy[:, -1:] < view.accuracy_at_germination - self.LOSS_POINTS
-        idle = (
-            (view.stage == SeedStage.HOLDING)
-            & (view.epochs_in_stage >= self.HOLDING_EPOCHS_MAX)
-            & (contribution <= self.CONTRIBUTION_MIN)
-        )
-        return np.asarray(LIVE[view.stage] & (below | idle))
+    def _useless(self, view: HostView, worthy: Bools) -> Bools:
+        now = view.accuracy[:, -1:]
+        below = now < view.accuracy_at_germination - self.LOSS_POINTS
+        stuck = (view.stage == SeedStage.BLENDING) & (now <= view.accuracy_at_stage)
+        idle = (stuck | (view.stage == SeedStage.HOLDING)) & (view.epochs_in_stage >= self.IDLE_EPOCHS_MAX)
+        return np.asarray(LIVE[view.stage] & (below | (idle & ~worthy) | self._ransomware(view, worthy)))
+
+    def _ransomware(self, view: HostView, worthy: Bools) -> Bools:
+        worse = view.accuracy[:, -1:] < view.accuracy_at_germination
+        return np.asarray((view.stage == SeedStage.HOLDING) & worthy & worse)
 
     def _note(self, actions: NDArray[np.int64], view: HostView) -> None:
         """Pick blueprints for germinations; remember penalties of prunes."""
@@ -219,7 +256,8 @@ class HeuristicController:
         acceptable = penalty <= self.PENALTY_MAX
         pick = np.where(acceptable.any(axis=1), acceptable.argmax(axis=1), penalty.argmin(axis=1))
         chosen = order[np.arange(len(growing)), pick]
-        actions[growing, BLUEPRINT] = self._rotation[chosen]
+        offered = enabled[growing].any(axis=1)
+        actions[growing, BLUEPRINT] = np.where(offered, self._rotation[chosen], actions[growing, BLUEPRINT])
         self._position[growing] = (chosen + 1) % len(self.ROTATION)
         pruned = np.flatnonzero(actions[:, OP] == Op.PRUNE)
         kinds = view.blueprint[pruned, actions[pruned, SLOT]]

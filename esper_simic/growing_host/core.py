@@ -3,11 +3,12 @@
 One step, for all E lanes at once:
 
 1. **Action.** What the masks' own table accepts happens; anything else changes nothing and is reported as refused.
-   A germinating or pruned seed's parameters and optimiser state are written in the same transaction as its move.
+   A seed's parameters and optimiser state are written in the same transaction as its move (`nursery.py`).
 2. **Tick.** Every slot lets one epoch pass.
 3. **Training** of one epoch (`training.py`), the same number of batches for every lane, however many lanes there are.
-4. **Validation**, fused with the counterfactuals of live blended seeds (`validation.py`).
-5. **Reward**, from what really happened (`rewards.py`).
+4. **Validation**, fused with the counterfactuals of live blended seeds (`validation.py`, `counterfactual.py`).
+5. **Governor.** A host that has broken down is rolled back, and its episode ends (`governor.py`).
+6. **Reward**, from what really happened (`rewards/`).
 
 All chance of a lane comes from two streams: `(lane seed, episode)` for the host's start and sample orders, and
 `(lane seed, episode, "seeds")` for the starts of seeds. So two controllers on the same lane meet the same host and the
@@ -17,6 +18,8 @@ rounding of the arithmetic.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,31 +27,38 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from esper_simic import rewards, seeding
-from esper_simic.actions import BLUEPRINT, BLUEPRINTS, OP, SLOT, STYLE, TEMPO, Op, head_sizes
+from esper_simic import seeding
+from esper_simic.actions import BLUEPRINTS, OP, SLOT, head_sizes
 from esper_simic.config import EnvironmentConfig
-from esper_simic.errors import ConfigError, ContractError
+from esper_simic.errors import ContractError, InvariantViolation
 from esper_simic.growing_host import masks, observation
-from esper_simic.growing_host.blueprints import blueprint
+from esper_simic.growing_host.counterfactual import Attribution, AttributionTable, attribute, plan_variants
+from esper_simic.growing_host.governor import Governor, Veto, preflight, settle
 from esper_simic.growing_host.grafts import seeds_in_training, seeds_in_validation
 from esper_simic.growing_host.hosts import build_host
+from esper_simic.growing_host.nursery import Nursery
 from esper_simic.growing_host.parameters import ParameterBank
+from esper_simic.growing_host.picture import HostPicture, SlotPicture
+from esper_simic.growing_host.rollback import LaneKeeper
 from esper_simic.growing_host.samples import SampleOrders
 from esper_simic.growing_host.slots import SlotTable
-from esper_simic.growing_host.tasks import Task, load_task
-from esper_simic.growing_host.training import GradientReport, Trainer
-from esper_simic.growing_host.validation import Measurement, Validator
+from esper_simic.growing_host.tasks import load_task
+from esper_simic.growing_host.training import GradientReport
+from esper_simic.growing_host.validation import Measurement
 from esper_simic.growing_host.view import HISTORY_EPOCHS, HostView
-from esper_simic.lifecycle import BLENDED, LIVE, Bools, Event, SeedStage
+from esper_simic.growing_host.workers import make_workers
+from esper_simic.lifecycle import BLENDED, LIVE, OCCUPIED, Bools, Floats, SeedStage
+from esper_simic.rewards import MODES_THAT_ABLATE_FOSSILS, Outcome, Rewards, total
 
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What a step gave, `[E]` each; `reward_parts` sum to `reward`."""
+    """What a step gave, `[E]` each; `reward_parts` sum to `reward`. A host that was `rolled_back` has ended too."""
 
     reward: NDArray[np.float64]
     reward_parts: dict[str, NDArray[np.float64]]
     terminated: Bools
+    rolled_back: Bools
     succeeded: Bools
 
 
@@ -63,7 +73,8 @@ class GrowingHosts:
         device: Where they are trained.
 
     Raises:
-        ConfigError: Unknown task or host, or fewer validation samples than asked for.
+        ConfigError: Unknown task or host, a host that does not take the task's samples, a slot that it lacks, no
+            blueprint that fits, or fewer validation samples than asked for.
     """
 
     def __init__(
@@ -81,23 +92,30 @@ class GrowingHosts:
         self.host_spec = build_host(config.host, task)
         self.spec = observation.observation_spec(self.host_spec, len(config.slots))
         self._gamma = gamma
-        blocks = tuple(int(name.removeprefix("r0c")) for name in config.slots)
-        self._slot_block = np.array(blocks)
-        self.bank = ParameterBank(lanes, self.host_spec, blocks, config, dtype, device)
-        self._trainer, self._validator = _workers(self.bank, task, config, blocks)
+        self.bank = ParameterBank(lanes, self.host_spec, config.slots, config, dtype, device)
+        self._slot_block = np.array([place.block for place in self.bank.places])
+        self._trainer, self._validator = make_workers(self.bank, task, config)
         self._orders = SampleOrders(
             lanes, len(task.train_labels), config.train_batches, config.train_batch_size
         )
         self.slots = SlotTable(lanes, len(config.slots))
+        self._nursery = Nursery(self.slots, self.bank)
+        self._takes = self._nursery.takes()
+        self.attributions = AttributionTable(lanes, len(config.slots))
+        self._governor = Governor(lanes, task.classes, config.governor, tokens=task.kind == "tokens")
+        self._keeper = LaneKeeper(self.bank)
+        self._rewards = Rewards(lanes, len(config.slots), config.reward, gamma)
+        self._loss_scale = math.log(task.classes)
         self._sample_chance = [seeding.generator(0, 0)] * lanes
         self._seed_chance = [seeding.generator(0, 0)] * lanes
         self.epoch = np.zeros(lanes, dtype=np.int64)
+        self._paid = np.zeros(lanes)
         self._accuracy = np.full((lanes, HISTORY_EPOCHS), np.nan)
         self._loss = np.full((lanes, HISTORY_EPOCHS), np.nan)
-        self._layer_gradient_norms = np.zeros((lanes, self.bank.layers))
+        self._layer_gradient_norms = np.zeros((lanes, len(self.host_spec.blocks) + 1))
         self._last_op = np.full(lanes, -1)
         self._last_succeeded = np.zeros(lanes, dtype=np.bool_)
-        self._legal = masks.legality(self.slots, config)
+        self._legal = masks.legality(self.slots, config, self._takes)
 
     @property
     def accuracy(self) -> NDArray[np.float64]:
@@ -129,19 +147,22 @@ class GrowingHosts:
             self.bank.reset_lane(lane, self.host_spec.initial_parameters(chance))
             self._orders.restart(lane)
         self.slots.reset(lanes)
+        self.attributions.reset(lanes)
+        self._governor.reset(lanes)
+        self._rewards.reset(lanes)
         self.epoch[lanes] = 0
+        self._paid[lanes] = 0
         self._accuracy[lanes] = np.nan
         self._loss[lanes] = np.nan
         self._layer_gradient_norms[lanes] = 0
         self._last_op[lanes] = -1
         self._last_succeeded[lanes] = False
-        measured = self._measure(lanes)
-        self._accuracy[lanes, -1] = measured.accuracy
-        self._loss[lanes, -1] = measured.loss
-        self._legal = masks.legality(self.slots, self.config)
+        self._measure_again(lanes)
+        self._keeper.keep(lanes)
+        self._legal = masks.legality(self.slots, self.config, self._takes)
 
     def step(self, actions: NDArray[np.int64]) -> StepResult:
-        """Act, train, measure and reward: one epoch of every host.
+        """Act, train, measure, watch and reward: one epoch of every host.
 
         Args:
             actions: `[E, 8]` integers in the order of `actions.HEADS`.
@@ -150,38 +171,34 @@ class GrowingHosts:
             ContractError: Wrong shape, or a choice outside its head's range.
         """
         actions = self._checked(actions)
-        stage_before, epochs_before = self.slots.stage.copy(), self.slots.epochs_in_stage.copy()
-        succeeded = masks.accepted(self._legal, actions)
-        self._act(actions, succeeded)
-        fossilized = (self.slots.stage == SeedStage.FOSSILIZED) & (stage_before != SeedStage.FOSSILIZED)
-        self.slots.tick(self.config.embargo_epochs)
+        before = self._before()
+        succeeded = self._accepted(actions)
+        self._nursery.act(actions, succeeded, epoch=self.epoch, chance=self._seed_chance)
+        fossilized = (self.slots.stage == SeedStage.FOSSILIZED) & (
+            before["stage_before"] != SeedStage.FOSSILIZED
+        )
+        self._nursery.tick(self.config)
         gradients = self._train()
-        self.slots.record_gradients(gradients)
+        self.slots.record_gradients(
+            gradients, host_parameters=self.host_spec.parameter_count, ema=self.config.gradient_ema
+        )
         self._layer_gradient_norms[:] = gradients.layer_norm
         self.epoch += 1
-        measured = self._measure(None)
-        self._remember(measured)
+        measured, attribution = self._measure(None)
+        self._remember(measured, attribution)
+        verdict = self._governor.watch(measured.loss, measured.accuracy)
+        auto_pruned = self._roll_back(verdict.panic)
+        kept = self._governor.is_snapshot_due(self.epoch, verdict.healthy, fossilized.any(axis=1))
+        self._keeper.keep(np.flatnonzero(kept & ~verdict.panic))
         self._last_op[:] = actions[:, OP]
         self._last_succeeded[:] = succeeded
-        self._legal = masks.legality(self.slots, self.config)
-        terminated = self.epoch >= self.config.max_epochs
-        outcome = rewards.Outcome(
-            stage_before=stage_before,
-            epochs_before=epochs_before,
-            stage=self.slots.stage,
-            epochs_in_stage=self.slots.epochs_in_stage,
-            alpha=self.slots.alpha,
-            seed_parameters=self.slots.parameters,
-            host_parameters=self.host_spec.parameter_count,
-            fossilized=fossilized,
-            contribution=self.slots.contribution,
-            progress=self.slots.progress,
-            accuracy=measured.accuracy,
-            terminated=terminated,
-        )
-        parts = rewards.basic(outcome, self.config.reward, gamma=self._gamma)
-        total = np.sum(list(parts.values()), axis=0)
-        return StepResult(total, parts, terminated, succeeded)
+        self._legal = masks.legality(self.slots, self.config, self._takes)
+        at_horizon = self.epoch >= self.config.max_epochs
+        outcome = self._outcome(before, actions, succeeded, fossilized, auto_pruned, measured, at_horizon)
+        parts = settle(self._rewards.parts(outcome), verdict.panic, self._paid, self.config.governor)
+        reward = total(parts)
+        self._paid += reward
+        return StepResult(reward, parts, at_horizon & ~verdict.panic, verdict.panic, succeeded)
 
     def observe(self) -> dict[str, NDArray[np.generic]]:
         """The observation of every lane, `[E, ...]` per key of `graphs.OBSERVATION_KEYS`; fresh arrays.
@@ -190,7 +207,7 @@ class GrowingHosts:
             InvariantViolation: A feature is not finite.
         """
         layers = self.bank.layers
-        weight_norms = self.bank.squared_norms(self.bank.parameters)[:, :layers].double().sqrt().cpu().numpy()
+        weight_norms = self.bank.weight_norms()
         observed: dict[str, NDArray[np.generic]] = {
             "host_nodes": observation.host_features(self.host_spec, weight_norms, self._layer_gradient_norms),
             "host_mask": np.ones((self.lanes, layers), dtype=np.int8),
@@ -224,6 +241,7 @@ class GrowingHosts:
             "contribution": self.slots.contribution,
             "blueprint": self.slots.blueprint,
             "accuracy_at_germination": self.slots.accuracy_at_germination,
+            "accuracy_at_stage": self.slots.accuracy_at_stage,
             "accuracy": self._accuracy,
             "loss": self._loss,
             "epoch": self.epoch,
@@ -249,78 +267,198 @@ class GrowingHosts:
             )
         return actions.astype(np.int64)
 
-    def _act(self, actions: NDArray[np.int64], succeeded: Bools) -> None:
-        """Carry out the accepted actions; lifecycle, parameters and optimiser state change together."""
-        op = actions[:, OP]
-
-        def targets(wanted: Op) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-            lanes = np.flatnonzero(succeeded & (op == wanted))
-            return lanes, actions[lanes, SLOT]
-
-        germinating = targets(Op.GERMINATE)
-        if len(germinating[0]):
-            self._germinate(germinating, actions)
-        pruned = targets(Op.PRUNE)
-        self.slots.prune(pruned)
-        for lane, slot in zip(*pruned, strict=True):
-            self.bank.remove_seed(lane, slot)
-        self.slots.advance(targets(Op.ADVANCE))
-        self.slots.move(targets(Op.FOSSILIZE), Event.FOSSILIZE)
-
-    def _germinate(self, at: tuple[NDArray[np.int64], NDArray[np.int64]], actions: NDArray[np.int64]) -> None:
-        lanes, slots = at
-        counts = np.zeros(len(lanes), dtype=np.int64)
-        for position, (lane, slot) in enumerate(zip(lanes.tolist(), slots.tolist(), strict=True)):
-            chosen = blueprint(BLUEPRINTS[actions[lane, BLUEPRINT]])
-            channels = self.bank.slot_channels[slot]
-            self.bank.create_seed(lane, slot, chosen.initial_parameters(channels, self._seed_chance[lane]))
-            counts[position] = chosen.parameter_count(channels)
-        self.slots.germinate(
-            at, actions[lanes, BLUEPRINT], counts, actions[lanes, STYLE], actions[lanes, TEMPO]
+    def _accepted(self, actions: NDArray[np.int64]) -> Bools:
+        """What the masks accept and the last check before it happens approves."""
+        approved = preflight(
+            actions,
+            loss=self._loss[:, -1],
+            accuracy=self._accuracy[:, -1],
+            stage=self.slots.stage,
+            seeds_max=self.config.max_seeds or len(self.config.slots),
         )
-        self.slots.accuracy_at_germination[at] = self._accuracy[lanes, -1]
+        return np.asarray(masks.accepted(self._legal, actions) & (approved == Veto.APPROVED))
 
     def _train(self) -> GradientReport:
-        seeds = seeds_in_training(self.slots.stage, self.slots.blueprint, self.slots.alpha)
+        slots = self.slots
+        seeds = seeds_in_training(slots.stage, slots.blueprint, slots.alpha, slots.composition, slots.frozen)
         return self._trainer.train_epoch(self._orders.next_epoch(self._sample_chance), seeds)
 
-    def _measure(self, lanes: NDArray[np.int64] | None) -> Measurement:
-        seeds = seeds_in_validation(self.slots.stage, self.slots.blueprint, self.slots.alpha)
-        ablate = BLENDED[self.slots.stage] & LIVE[self.slots.stage]
-        return self._validator.measure(seeds, ablate, lanes)
+    def _measure(self, lanes: NDArray[np.int64] | None) -> tuple[Measurement, Attribution]:
+        """Measure some hosts, or all, and what their seeds are worth."""
+        slots = self.slots
+        seeds = seeds_in_validation(slots.stage, slots.blueprint, slots.alpha, slots.composition)
+        permanent = None
+        if self.config.reward.mode in MODES_THAT_ABLATE_FOSSILS:
+            permanent = np.asarray(slots.stage == SeedStage.FOSSILIZED)
+        ablatable = BLENDED[slots.stage] & (LIVE[slots.stage] if permanent is None else True)
+        if lanes is not None:
+            ablatable = ablatable & np.isin(np.arange(self.lanes), lanes)[:, None]
+        final = self.epoch >= self.config.max_epochs
+        variants = plan_variants(ablatable, final, rng=self._seed_chance, permanent=permanent)
+        measured = self._validator.measure(seeds, variants, lanes)
+        accuracy = np.full(self.lanes, np.nan)
+        accuracy[slice(None) if lanes is None else lanes] = measured.accuracy
+        worth = attribute(ablatable, accuracy, variants, measured.variant_accuracy, permanent=permanent)
+        return measured, worth
 
-    def _remember(self, measured: Measurement) -> None:
+    def _measure_again(self, lanes: NDArray[np.int64]) -> None:
+        """Measure hosts that were not trained since: fresh ones, and those that were put back."""
+        measured, _ = self._measure(lanes)
+        self._accuracy[lanes, -1] = measured.accuracy
+        self._loss[lanes, -1] = measured.loss
+        self.slots.record_accuracy(lanes, measured.accuracy)
+
+    def _remember(self, measured: Measurement, attribution: Attribution) -> None:
         self._accuracy[:, :-1] = self._accuracy[:, 1:]
         self._accuracy[:, -1] = measured.accuracy
         self._loss[:, :-1] = self._loss[:, 1:]
         self._loss[:, -1] = measured.loss
-        self.slots.record_contributions(measured.accuracy, measured.accuracy_without)
-
-
-def _workers(
-    bank: ParameterBank, task: Task, config: EnvironmentConfig, blocks: tuple[int, ...]
-) -> tuple[Trainer, Validator]:
-    """Trainer and validator of a bank, with the task's samples in the bank's precision and place."""
-    if config.validation_samples > len(task.validation_labels):
-        raise ConfigError(
-            f"task {task.name!r} holds out {len(task.validation_labels)} samples, not {config.validation_samples}",
-            "environment.validation_samples",
+        self.slots.record_validation(
+            measured.accuracy, attribution.contribution, attribution.solo, attribution.interaction
         )
-    like = bank.parameters
-    slot_of_block = tuple(
-        blocks.index(block) if block in blocks else None for block in range(len(bank.spec.blocks))
+        self.attributions.record(attribution)
+
+    def _roll_back(self, panic: Bools) -> Bools:
+        """Put broken hosts back as they were last kept, without live seeds; `[E, S]` true where one was."""
+        lanes = np.flatnonzero(panic)
+        if not len(lanes):
+            return np.zeros(self.slots.stage.shape, dtype=np.bool_)
+        self._keeper.put_back(lanes)
+        removed = self._nursery.clear(lanes)
+        self._layer_gradient_norms[lanes] = 0
+        self._measure_again(lanes)
+        return removed
+
+    # -- rewards -----------------------------------------------------------------------------------------------------
+
+    def _before(self) -> dict[str, NDArray[Any]]:
+        """What rewards must know of the state in which the action is taken."""
+        slots = self.slots
+        return {
+            "stage_before": slots.stage.copy(),
+            "epochs_before": slots.epochs_in_stage.copy(),
+            "alpha_before": slots.alpha.copy(),
+            "parameters_before": slots.parameters.copy(),
+            "age_before": slots.age.copy(),
+            "contribution_before": slots.contribution.copy(),
+            "progress_before": slots.progress.copy(),
+            "loss_before": self._loss[:, -1].copy(),
+            "improvement_before": self.attributions.total_improvement.copy(),
+        }
+
+    def _outcome(
+        self,
+        before: Mapping[str, NDArray[Any]],
+        actions: NDArray[np.int64],
+        succeeded: Bools,
+        fossilized: Bools,
+        auto_pruned: Bools,
+        measured: Measurement,
+        terminated: Bools,
+    ) -> Outcome:
+        slots = self.slots
+        return Outcome(
+            **before,
+            stage=slots.stage,
+            epochs_in_stage=slots.epochs_in_stage,
+            alpha=slots.alpha,
+            seed_parameters=slots.parameters,
+            host_parameters=self.host_spec.parameter_count,
+            age=slots.age,
+            fossilized=fossilized,
+            auto_pruned=auto_pruned,
+            contribution=slots.contribution,
+            progress=slots.progress,
+            stage_improvement=slots.vitals().improvement,
+            interaction=slots.interaction,
+            op=actions[:, OP],
+            target=actions[:, SLOT],
+            succeeded=succeeded,
+            epoch=self.epoch,
+            horizon=np.asarray(self.config.max_epochs),
+            accuracy=measured.accuracy,
+            loss=measured.loss,
+            loss_scale=np.asarray(self._loss_scale),
+            improvement=self.attributions.total_improvement,
+            committed_accuracy=self.attributions.committed_accuracy,
+            terminated=terminated,
+        )
+
+    # -- pictures and bytes ------------------------------------------------------------------------------------------
+
+    def picture(self, lane: int, accuracy: Floats) -> HostPicture:
+        """One host, to be drawn.
+
+        Args:
+            lane: Which.
+            accuracy: `[n]` its validation accuracy over the episode so far, percent.
+        """
+        spec, slots = self.host_spec, self.slots
+        layers = ["block{} {}x{}x{}".format(index, *block.output) for index, block in enumerate(spec.blocks)]
+        shown = tuple(
+            SlotPicture(
+                place.name,
+                place.block,
+                SeedStage(int(slots.stage[lane, slot])),
+                BLUEPRINTS[slots.blueprint[lane, slot]] if OCCUPIED[slots.stage[lane, slot]] else "",
+                float(slots.alpha[lane, slot]),
+                int(slots.parameters[lane, slot]),
+            )
+            for slot, place in enumerate(self.bank.places)
+        )
+        return HostPicture(
+            f"{self.config.task}, {self.config.host}",
+            (*layers, f"head {spec.classes}"),
+            shown,
+            spec.parameter_count,
+            int(self.epoch[lane]),
+            self.config.max_epochs,
+            accuracy,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that later steps depend on, copied: nested dictionaries of arrays and generator states."""
+        return {
+            "slots": self.slots.state(),
+            "bank": self._keeper.state_of_bank(),
+            "kept": self._keeper.state_dict(),
+            "orders": self._orders.state_dict(),
+            "governor": self._governor.state_dict(),
+            "rewards": self._rewards.state_dict(),
+            "attributions": self.attributions.state_dict(),
+            "sample_chance": [chance.bit_generator.state for chance in self._sample_chance],
+            "seed_chance": [chance.bit_generator.state for chance in self._seed_chance],
+            **{name: getattr(self, name).copy() for name in self._ARRAYS},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Become what another `GrowingHosts` of the same lanes and configuration was; bit for bit from then on.
+
+        Raises:
+            ContractError: It is of other lanes, slots or hosts.
+        """
+        try:
+            for name in self._ARRAYS:
+                np.copyto(getattr(self, name), state[name])
+            self.slots.load_state(state["slots"])
+            self._keeper.load_bank(state["bank"])
+            self._keeper.load_state_dict(state["kept"])
+            self._orders.load_state_dict(state["orders"])
+            self._governor.load_state_dict(state["governor"])
+            self._rewards.load_state_dict(state["rewards"])
+            self.attributions.load_state_dict(state["attributions"])
+            self._sample_chance = [seeding.restored(kept) for kept in state["sample_chance"]]
+            self._seed_chance = [seeding.restored(kept) for kept in state["seed_chance"]]
+        except (KeyError, ValueError, TypeError, InvariantViolation) as error:
+            raise ContractError(f"this state is not one of {self.lanes} such hosts: {error!r}") from error
+        self._legal = masks.legality(self.slots, self.config, self._takes)
+
+    _ARRAYS = (
+        "epoch",
+        "_paid",
+        "_accuracy",
+        "_loss",
+        "_layer_gradient_norms",
+        "_last_op",
+        "_last_succeeded",
     )
-    samples = slice(0, config.validation_samples)
-    trainer = Trainer(
-        bank,
-        torch.tensor(task.train_images, dtype=like.dtype, device=like.device).flatten(1),
-        torch.tensor(task.train_labels, device=like.device),
-        slot_of_block,
-    )
-    validator = Validator(
-        bank,
-        torch.tensor(task.validation_images[samples], dtype=like.dtype, device=like.device),
-        torch.tensor(task.validation_labels[samples], device=like.device),
-        slot_of_block,
-    )
-    return trainer, validator

@@ -4,12 +4,11 @@
 batch lie innermost. Every host has its own weights, so a convolution over many hosts is a batched matrix product
 `[rows, out, in] x [rows, in, height * width * samples]`: long contiguous inner loops however few channels a host has
 (grouped convolutions were 4 to 20 times slower at 1 to 4 channels: docs/decisions/0001-batched-hosts.md). Statistics
-over a batch reduce a contiguous axis; gathering some lanes is a copy of whole rows; a max-pool sees the samples as
-channels in channels-last memory.
+over a batch reduce a contiguous axis; gathering some lanes is a copy of whole rows.
 
-**Own gradients.** Group normalisation, 3x3 convolution and grafting have hand-written derivatives: torch has no such
-operations in this layout, and composed ones cost several times as much at these sizes. Tests compare each with torch's
-own operation in torch's own layout.
+**Own gradients.** Group normalisation and 3x3 convolution have hand-written derivatives: torch has no such operations
+in this layout, and composed ones cost several times as much at these sizes. Tests compare each with torch's own
+operation in torch's own layout.
 Legend: `g` gradient of the output, `z` a normalised value.
 """
 
@@ -34,45 +33,6 @@ def pointwise_convolution(x: Tensor, weight: Tensor) -> Tensor:
     """1x1 convolution: `[R, I, H, W, B]` with weights `[R, O, I]` gives `[R, O, H, W, B]`."""
     rows, channels, height, width, samples = x.shape
     return torch.bmm(weight, x.reshape(rows, channels, -1)).view(rows, -1, height, width, samples)
-
-
-def max_pool(x: Tensor) -> Tensor:
-    """2x2 max-pool with stride 2: `[R, C, H, W, B]` gives `[R, C, H/2, W/2, B]`."""
-    rows, channels, height, width, samples = x.shape
-    maps = x.reshape(rows * channels, height, width, samples).permute(0, 3, 1, 2)
-    pooled = torch_functional.max_pool2d(maps, 2).permute(0, 2, 3, 1)
-    return pooled.reshape(rows, channels, height // 2, width // 2, samples)
-
-
-def batch_norm_rectify(
-    x: Tensor, scale: Tensor, shift: Tensor, running_mean: Tensor, running_variance: Tensor
-) -> Tensor:
-    """`relu(scale * z + shift)` with `z` the input normalised per row and channel over positions and samples.
-
-    Args:
-        x: `[R, C, H, W, B]`.
-        scale: `[R, C]`.
-        shift: `[R, C]`.
-        running_mean: `[R, C]`, contiguous; moved in place by `RUNNING_MOMENTUM` towards the batch's mean.
-        running_variance: `[R, C]`, contiguous; likewise, towards the batch's unbiased variance.
-
-    Returns:
-        `[R, C, H, W, B]`.
-
-    Source: Ioffe & Szegedy 2015, algorithm 1.
-    """
-    rows, channels = scale.shape
-    normed = torch_functional.batch_norm(
-        x.reshape(1, rows * channels, -1),
-        running_mean.view(-1),
-        running_variance.view(-1),
-        scale.reshape(-1),
-        shift.reshape(-1),
-        training=True,
-        momentum=RUNNING_MOMENTUM,
-        eps=EPSILON,
-    )
-    return torch.relu(normed).view(x.shape)
 
 
 class _GroupNorm(Function):
@@ -133,17 +93,23 @@ def group_norm(x: Tensor, scale: Tensor, shift: Tensor, groups: int, *, rectify:
     return out
 
 
-def patches(x: Tensor) -> Tensor:
-    """3x3 neighbourhoods with zero padding: `[R, C, H, W, B]` gives `[R, C, 9, H * W * B]` (a copy)."""
+def patches(x: Tensor, kernel: tuple[int, int] = (3, 3)) -> Tensor:
+    """Neighbourhoods with zero padding, k = kh * kw: `[R, C, H, W, B]` gives `[R, C, k, H * W * B]` (a copy).
+
+    Args:
+        x: `[R, C, H, W, B]`.
+        kernel: Odd height kh and width kw of a neighbourhood.
+    """
     rows, channels, height, width, samples = x.shape
-    padded = torch_functional.pad(x, (0, 0, 1, 1, 1, 1))
-    row_stride = (width + 2) * samples
-    map_stride = (height + 2) * row_stride
+    above, beside = kernel[0] // 2, kernel[1] // 2
+    padded = torch_functional.pad(x, (0, 0, beside, beside, above, above))
+    row_stride = (width + 2 * beside) * samples
+    map_stride = (height + 2 * above) * row_stride
     windows = padded.as_strided(
-        (rows, channels, 3, 3, height, width, samples),
+        (rows, channels, *kernel, height, width, samples),
         (channels * map_stride, map_stride, row_stride, samples, row_stride, samples, 1),
     )
-    return windows.reshape(rows, channels, 9, height * width * samples)
+    return windows.reshape(rows, channels, kernel[0] * kernel[1], height * width * samples)
 
 
 class _Convolution3x3(Function):
@@ -187,52 +153,48 @@ def convolution_3x3(x: Tensor, weight: Tensor) -> Tensor:
     return out
 
 
-class _Graft(Function):
-    """Blending of seeds into hosts; see `graft`."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, host: Tensor, seed: Tensor, lanes: Tensor | None, alpha: Tensor, seed_share: Tensor
-    ) -> Tensor:
-        ctx.save_for_backward(lanes, alpha, seed_share)
-        weight = _per_row(alpha, seed)
-        if lanes is None:
-            return torch.lerp(host, seed, weight)
-        return host.index_copy(0, lanes, torch.lerp(host.index_select(0, lanes), seed, weight))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        lanes, alpha, seed_share = ctx.saved_tensors
-        g = gradient if lanes is None else gradient.index_select(0, lanes)
-        g_seed = g * _per_row(seed_share, g)
-        g_host = g * _per_row(1 - alpha, g)
-        if lanes is not None:
-            g_host = gradient.index_copy(0, lanes, g_host)
-        return g_host, g_seed, None, None, None
+def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The same linear map at every position: `[R, I, H, W, B]`, `[R, O * I]`, `[R, O]` give `[R, O, H, W, B]`."""
+    rows, inputs = x.shape[:2]
+    mapped = torch.baddbmm(bias.unsqueeze(2), weight.reshape(rows, -1, inputs), x.reshape(rows, inputs, -1))
+    return mapped.view(rows, -1, *x.shape[2:])
 
 
-def _per_row(values: Tensor, like: Tensor) -> Tensor:
-    return values.view(-1, *([1] * (like.dim() - 1)))
+def layer_norm(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """Layer normalisation of each position's channels: `[R, C, H, W, B]` with scale and shift `[R, C]`.
+
+    Source: Ba, Kiros & Hinton 2016, equation 3.
+    """
+    # One group of all channels whose "samples" are the positions of all samples.
+    rows, channels = x.shape[:2]
+    return group_norm(x.reshape(rows, channels, 1, 1, -1), scale, shift, 1).view(x.shape)
 
 
-def graft(host: Tensor, seed: Tensor, lanes: Tensor | None, alpha: Tensor, seed_share: Tensor) -> Tensor:
-    """Blend seeds into the rows of some lanes: `host + alpha (seed - host)`.
-
-    The gradient of the output reaches the host with share `1 - alpha` and the seed with `seed_share`. That is `alpha`
-    for a blended seed. For a seed in isolation `alpha = 0` and `seed_share = 1`: the literal form
-    `host + (seed - stopgrad(seed))`, so the output equals the host's bit for bit, the host's gradient is what it would
-    be without the seed, and the seed learns from the whole gradient.
+def causal_attention(mixed: Tensor, heads: int, window: int | None = None) -> Tensor:
+    """Scaled dot-product attention in which a position sees itself and what came before.
 
     Args:
-        host: `[E, C, H, W, B]` features of all lanes.
-        seed: `[n, C, H, W, B]` features of the seeds.
-        lanes: `[n]` int64, the lane of each seed, each at most once; None where seed i belongs to lane i for all lanes.
-        alpha: `[n]` in [0, 1].
-        seed_share: `[n]` in [0, 1].
+        mixed: `[R, 3 C, 1, L, B]`: queries, keys and values; of each, head after head.
+        heads: Divides C.
+        window: How many positions one sees, itself the last of them; all before it by default. The cost is that of
+            full attention whatever the window.
 
     Returns:
-        `[E, C, H, W, B]`; lanes without a seed are untouched.
+        `[R, C, 1, L, B]`.
+
+    Source: Vaswani et al. 2017, equation 1, with the mask of section 3.2.3; Beltagy, Peters & Cohan 2020, section 3.1
+    (sliding window).
     """
-    out: Tensor = _Graft.apply(host, seed, lanes, alpha, seed_share)
-    return out
+    rows, width, _, positions, samples = mixed.shape
+    channels = width // (3 * heads)
+    # [R, 3, heads, c, L, B] -> [3, R, B, heads, L, c]
+    split = mixed.view(rows, 3, heads, channels, positions, samples).permute(1, 0, 5, 2, 4, 3)
+    query, key, value = split.reshape(3, rows * samples, heads, positions, channels)
+    if window is None or window >= positions:
+        seen = torch_functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+    else:
+        allowed = torch.ones(positions, positions, dtype=torch.bool, device=mixed.device)
+        allowed = allowed.tril() & ~allowed.tril(-window)
+        seen = torch_functional.scaled_dot_product_attention(query, key, value, attn_mask=allowed)
+    by_row = seen.view(rows, samples, heads, positions, channels).permute(0, 2, 4, 3, 1)
+    return by_row.reshape(rows, heads * channels, 1, positions, samples)

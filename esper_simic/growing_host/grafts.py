@@ -1,9 +1,9 @@
 """Which seeds compute now, and how they are computed together.
 
 Lanes differ in what they have grown. For each slot, the rows (hosts, or variants of a host during validation) that
-hold a seed are grouped by blueprint; a group is one operation however many rows it has, and the results of all groups
-of a slot are blended into the hosts at once. The work of a step therefore depends on the number of distinct
-blueprints in a slot, never on a loop over lanes.
+hold a seed are grouped by blueprint, composition and whether the seed is frozen; a group is one operation however many
+rows it has, and all groups of a slot join their hosts at once. The work of a step therefore depends on the number of
+distinct groups in a slot, never on a loop over lanes.
 """
 
 from __future__ import annotations
@@ -16,8 +16,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from esper_simic.actions import BLUEPRINTS
-from esper_simic.growing_host.blueprints import Blueprint, blueprint
-from esper_simic.lifecycle import BLENDED, COMPUTING, Floats, Integers, SeedStage
+from esper_simic.growing_host.alpha import Composition
+from esper_simic.growing_host.blueprints import Blueprint, Kind, blueprint
+from esper_simic.growing_host.compositions import Grown, Join, compose, grow, seed_parameter_count
+from esper_simic.growing_host.hosts import HostSpec
+from esper_simic.lifecycle import BLENDED, COMPUTING, Bools, Floats, Integers, SeedStage
 
 NO_SEED = -1
 
@@ -30,93 +33,175 @@ class SlotSeeds:
     |---|---|---|
     | `kind` | `[E]` int64 | index into `actions.BLUEPRINTS`, or `NO_SEED` |
     | `alpha` | `[E]` | weight of the seed's features |
-    | `share` | `[E]` | share of the output's gradient that the seed gets |
+    | `composition` | `[E]` int64 | `alpha.Composition` |
+    | `frozen` | `[E]` | true where the seed computes but does not learn |
+    | `isolated` | `[E]` | true where nothing of the seed's gradient may reach the host: it is in TRAINING |
     """
 
     kind: NDArray[np.int64]
     alpha: Floats
-    share: Floats
+    composition: NDArray[np.int64]
+    frozen: Bools
+    isolated: Bools
 
 
-def seeds_in_training(stage: Integers, kind: Integers, alpha: Floats) -> tuple[SlotSeeds, ...]:
+def seeds_in_training(
+    stage: Integers, kind: Integers, alpha: Floats, composition: Integers, frozen: Bools
+) -> tuple[SlotSeeds, ...]:
     """The seeds that take part in a training pass, slot by slot.
 
-    A seed in TRAINING is isolated: alpha 0, the whole gradient. All inputs are `[E, S]`.
+    A seed in TRAINING is isolated: the host does not feel it, and it learns from the whole gradient. All inputs are
+    `[E, S]`.
     """
     isolated = stage == SeedStage.TRAINING
-    present = np.where(COMPUTING[stage], kind, NO_SEED)
-    weight = np.where(isolated, 0.0, alpha)
-    share = np.where(isolated, 1.0, alpha)
-    return tuple(
-        SlotSeeds(present[:, slot].astype(np.int64), weight[:, slot], share[:, slot])
-        for slot in range(stage.shape[1])
-    )
+    present = np.where(COMPUTING[stage], kind, NO_SEED).astype(np.int64)
+    return _by_slot(present, alpha, composition, frozen, isolated)
 
 
-def seeds_in_validation(stage: Integers, kind: Integers, alpha: Floats) -> tuple[SlotSeeds, ...]:
+def seeds_in_validation(
+    stage: Integers, kind: Integers, alpha: Floats, composition: Integers
+) -> tuple[SlotSeeds, ...]:
     """The seeds that change what a host computes, slot by slot; all inputs are `[E, S]`."""
-    present = np.where(BLENDED[stage], kind, NO_SEED)
+    present = np.where(BLENDED[stage], kind, NO_SEED).astype(np.int64)
+    nowhere = np.zeros(stage.shape, dtype=np.bool_)
+    return _by_slot(present, alpha, composition, nowhere, nowhere)
+
+
+def _by_slot(
+    kind: NDArray[np.int64],
+    alpha: Floats,
+    composition: Integers,
+    frozen: Bools,
+    isolated: Bools,
+) -> tuple[SlotSeeds, ...]:
     return tuple(
-        SlotSeeds(present[:, slot].astype(np.int64), alpha[:, slot], alpha[:, slot])
-        for slot in range(stage.shape[1])
+        SlotSeeds(
+            kind[:, slot],
+            alpha[:, slot],
+            composition[:, slot].astype(np.int64),
+            frozen[:, slot],
+            isolated[:, slot],
+        )
+        for slot in range(kind.shape[1])
     )
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Rows of one slot whose seeds share a blueprint; `rows` is None when they are all rows in order."""
+    """Rows of one slot whose seeds are computed as one.
+
+    | field | meaning |
+    |---|---|
+    | `blueprint`, `frozen` | what they share; the composition is the join's |
+    | `join` | their rows, and how they join their hosts |
+    | `lanes` | `[n]` int64, the lane of each |
+    | `attached` | whether a seed's input sends gradients back: for all, for none, or `[n]` bool |
+    | `kind` | what the host's features are |
+    """
 
     blueprint: Blueprint
-    rows: Tensor | None
+    frozen: bool
+    join: Join
     lanes: Tensor
+    attached: Tensor | bool
+    kind: Kind
+
+    def parameter_count(self, channels: int) -> int:
+        """Parameters of one of its seeds behind so many channels."""
+        return seed_parameter_count(self.blueprint, self.join.composition, channels, self.kind)
+
+    def grown(self, parameters: Tensor, x: Tensor) -> Grown:
+        """What its seeds, with parameters `[n, P]`, compute from the features `[R, ...]` of all rows."""
+        return grow(
+            self.blueprint,
+            self.join.composition,
+            parameters,
+            self._inputs(x),
+            self.kind,
+            isolated=self.join.isolated is True,
+        )
+
+    def _inputs(self, x: Tensor) -> Tensor:
+        """The features its seeds meet, `[n, ...]`, cut off from the gradient where need be."""
+        if self.attached is False:
+            x = x.detach()
+        picked = x if self.join.rows is None else x.index_select(0, self.join.rows)
+        if isinstance(self.attached, bool):
+            return picked
+        return torch.where(self.attached.view(-1, *([1] * (x.dim() - 1))), picked, picked.detach())
 
 
 @dataclass(frozen=True, slots=True)
 class GraftPlan:
-    """All groups of one slot, and the blending of their concatenated results.
+    """All groups of one slot."""
 
-    | field | shape | meaning |
-    |---|---|---|
-    | `rows` | `[n]` int64 or None | row of each seed, in group order; None for all rows in order |
-    | `alpha`, `share` | `[n]` | see `SlotSeeds` |
-    """
-
+    slot: int
     groups: tuple[Group, ...]
-    rows: Tensor | None
-    alpha: Tensor
-    share: Tensor
+
+    def graft(self, parameters: list[Tensor], x: Tensor) -> Tensor:
+        """Let the seeds join the features of their rows.
+
+        Args:
+            parameters: Flat rows `[n, P]` of each group's seeds.
+            x: `[R, C, H, W, B]`.
+
+        Returns:
+            `[R, C, H, W, B]`; rows without a seed are untouched.
+        """
+        grown = [group.grown(rows, x) for group, rows in zip(self.groups, parameters, strict=True)]
+        return compose(x, [group.join for group in self.groups], grown)
 
 
-def plan_graft(seeds: SlotSeeds, lane_of_row: NDArray[np.int64], like: Tensor) -> GraftPlan | None:
-    """Group the rows of one slot by blueprint.
+def plan_graft(
+    slot: int,
+    seeds: SlotSeeds,
+    lane_of_row: NDArray[np.int64],
+    spec: HostSpec,
+    like: Tensor,
+    *,
+    where: Bools | None = None,
+) -> GraftPlan | None:
+    """Group the rows of one slot by blueprint, composition and whether the seed is frozen.
 
     Args:
-        seeds: The slot's seeds, by lane.
+        slot: The slot.
+        seeds: Its seeds, by lane.
         lane_of_row: `[R]` the lane each row belongs to.
+        spec: The host; on some kinds blended seeds send gradients back through their inputs.
         like: A tensor whose dtype and device the plan takes.
+        where: `[R]` which rows have their lane's seed; all by default.
 
     Returns:
         The plan, or None where no row has a seed in this slot.
     """
     kind = seeds.kind[lane_of_row]
-    kinds = np.unique(kind)
-    everywhere = len(kinds) == 1
-    groups, ordered = [], []
-    for index in kinds:
-        if index == NO_SEED:
-            continue
-        rows = np.flatnonzero(kind == index)
-        lanes = torch.from_numpy(lane_of_row[rows]).to(like.device)
-        chosen = None if everywhere else torch.from_numpy(rows).to(like.device)
-        groups.append(Group(blueprint(BLUEPRINTS[index]), chosen, lanes))
-        ordered.append(rows)
-    if not groups:
+    present = np.flatnonzero(kind != NO_SEED if where is None else (kind != NO_SEED) & where)
+    if not len(present):
         return None
-    order = np.concatenate(ordered)
-    lanes_in_order = lane_of_row[order]
-    return GraftPlan(
-        tuple(groups),
-        None if everywhere else torch.from_numpy(order).to(like.device),
-        torch.as_tensor(seeds.alpha[lanes_in_order], dtype=like.dtype, device=like.device),
-        torch.as_tensor(seeds.share[lanes_in_order], dtype=like.dtype, device=like.device),
-    )
+    keys = np.stack((seeds.composition[lane_of_row], kind, seeds.frozen[lane_of_row]))[:, present]
+    distinct, group_of = np.unique(keys, axis=1, return_inverse=True)
+    everywhere = len(present) == len(kind) and distinct.shape[1] == 1
+    groups = []
+    for index, (composition, name, frozen) in enumerate(distinct.T.tolist()):
+        rows = present[group_of == index]
+        lanes = lane_of_row[rows]
+        isolated = seeds.isolated[lanes]
+        join = Join(
+            Composition(composition),
+            None if everywhere else _tensor(rows, like),
+            torch.as_tensor(seeds.alpha[lanes], dtype=like.dtype, device=like.device),
+            _one_or_each(isolated, like),
+        )
+        attached = _one_or_each(~isolated & spec.seeds_adapt_host, like)
+        found = blueprint(BLUEPRINTS[name])
+        groups.append(Group(found, bool(frozen), join, _tensor(lanes, like), attached, spec.kind))
+    return GraftPlan(slot, tuple(groups))
+
+
+def _one_or_each(values: Bools, like: Tensor) -> Tensor | bool:
+    """One answer where all agree, otherwise all answers."""
+    return bool(values[0]) if (values == values[0]).all() else _tensor(values, like)
+
+
+def _tensor(values: NDArray[np.int64] | Bools, like: Tensor) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(values)).to(like.device)

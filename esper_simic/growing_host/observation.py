@@ -7,11 +7,11 @@ first (absent −1); 8–12 last five accuracies / 100 (absent −1); 13–15 sh
 HOLDING or FOSSILIZED; 16 the last action succeeded; 17–22 one-hot of the last operation (all 0 before the first).
 
 **slot_nodes** (31): 0 holds a seed; 1–10 one-hot stage; 11 alpha; 12 contribution / 10 in ±1 (never measured 0); 13
-its change / 10 in ±1; 14 tempo / 12; 15 alpha target; 16 alpha mode / 2 (0 still, ½ rising); 17, 18, 19 epochs of the
-ramp in all, done and left, / horizon; 20 change of alpha in ±1; 21 composition (0: ADD); 22 interaction (0: none is
-measured); 23 symlog(gradient norm) / 7; 24 gradient health (unmeasured 0); 25 vanishing; 26 exploding; 27 gradient
-health an epoch earlier (never −1); 28 epochs in stage / horizon; 29 gamma^(epochs since the contribution was
-measured) (never −1); 30 age / horizon. A DORMANT slot is all 0.
+its change / 10 in ±1; 14 tempo / 12; 15 alpha target; 16 alpha mode / 2 (0 still, ½ rising, 1 falling); 17, 18, 19
+epochs of the ramp in all, done and left, / horizon; 20 change of alpha in ±1; 21 composition / 2 (0 ADD, ½ MULTIPLY,
+1 GATE); 22 interaction with its partners / 10 in ±1; 23 symlog(gradient norm) / 7; 24 gradient health (unmeasured 0);
+25 vanishing; 26 exploding; 27 gradient health an epoch earlier (never −1); 28 epochs in stage / horizon; 29
+gamma^(epochs since the contribution was measured) (never −1); 30 age / horizon. A DORMANT slot is all 0.
 
 **host_nodes** (8), one per block and one for the classifier: 0 depth as a share of the whole; 1 log2(1 + outputs) / 8;
 2 log2(1 + positions) / 12; 3 ln(1 + parameters) / 12; 4 symlog(weight norm) / 7; 5 symlog(gradient norm) / 7; 6 is
@@ -106,11 +106,13 @@ def slot_features(slots: SlotTable, *, horizon: int, gamma: float) -> NDArray[np
     features[..., 13] = np.clip(change / 10, -1, 1)
     features[..., 14] = slots.tempo_epochs / 12
     features[..., 15] = slots.alpha_target
-    features[..., 16] = slots.ramping * 0.5
+    features[..., 16] = slots.alpha_mode / 2
     features[..., 17] = slots.ramp_total / horizon
     features[..., 18] = slots.ramp_done / horizon
     features[..., 19] = (slots.ramp_total - slots.ramp_done) / horizon
     features[..., 20] = np.clip(slots.alpha - slots.alpha_before, -1, 1)
+    features[..., 21] = slots.composition / 2
+    features[..., 22] = np.clip(slots.interaction / 10, -1, 1)
     features[..., 23] = symlog(slots.gradient_norm) / 7
     features[..., 24] = np.nan_to_num(slots.gradient_health)
     features[..., 25] = slots.vanishing
@@ -137,8 +139,8 @@ def host_features(spec: HostSpec, weight_norms: Floats, gradient_norms: Floats) 
     """
     layers = len(spec.blocks) + 1
     features = np.zeros((len(weight_norms), layers, HOST_FEATURES), dtype=np.float32)
-    outputs = np.array([*(block.channels_out for block in spec.blocks), spec.classes])
-    positions = np.array([*(block.side**2 for block in spec.blocks), 1])
+    outputs = np.array(spec.layer_outputs)
+    positions = np.array(spec.layer_positions)
     features[..., 0] = np.arange(layers) / (layers - 1)
     features[..., 1] = np.log2(1 + outputs) / 8
     features[..., 2] = np.log2(1 + positions) / 12

@@ -1,16 +1,9 @@
-"""The parameters of many hosts and their seeds, their optimiser and their batch statistics.
+"""The parameters of many hosts and their seeds, their momentum and their running statistics.
 
 Row e of `parameters` is everything that is trained in lane e: the host's flat row, then one segment per slot, as long
-as the largest blueprint that fits there. `momentum` has the same form. Creating or removing a seed writes its
-segment of both in one call, so a seed never meets another seed's momentum; a seed that is fossilised is not touched
-and keeps its own.
-
-One step of the optimiser for all lanes (SGD with momentum m, rates eta of host and seeds, gradients g clipped apart
-for the host and for each seed):
-
-    v <- m v + g min(1, limit / |g|),    theta <- theta - eta v
-
-A gradient that is not finite is not applied (its share is 0); it is reported as exploding.
+as the largest blueprint that fits there and the pieces of a gate behind it. `momentum` has the same form. Creating or
+removing a seed writes its segment of both in one call, so a seed never meets another seed's momentum; a seed that is
+fossilised is not touched and keeps its own.
 """
 
 from __future__ import annotations
@@ -24,37 +17,19 @@ from torch import Tensor
 
 from esper_simic.config import EnvironmentConfig
 from esper_simic.errors import InvariantViolation
+from esper_simic.growing_host.alpha import Composition
 from esper_simic.growing_host.blueprints import blueprint
-from esper_simic.growing_host.hosts import PIECES_PER_BLOCK, HostSpec
+from esper_simic.growing_host.compositions import seed_parameter_count
+from esper_simic.growing_host.hosts import HostSpec, SlotPlace, Statistics
 
 
 @dataclass(frozen=True, slots=True)
-class HostPieces:
-    """Views of the hosts' flat rows: per block weight `[E, O, I]`, scale and shift `[E, O]`; classifier."""
+class LaneCopy:
+    """Everything a bank holds of n lanes, in main memory: rows of each of its tensors."""
 
-    weights: tuple[Tensor, ...]
-    scales: tuple[Tensor, ...]
-    shifts: tuple[Tensor, ...]
-    classifier_weight: Tensor
-    classifier_bias: Tensor
-
-
-def split_host(spec: HostSpec, rows: Tensor) -> HostPieces:
-    """Cut flat host rows `[E, parameter_count]` into their pieces (one node in the gradient's graph)."""
-    pieces = torch.split(rows, list(spec.pieces), dim=1)
-    blocks = len(spec.blocks)
-    weights = tuple(
-        pieces[PIECES_PER_BLOCK * index].reshape(-1, block.channels_out, block.channels_in)
-        for index, block in enumerate(spec.blocks)
-    )
-    classifier = pieces[PIECES_PER_BLOCK * blocks].reshape(rows.shape[0], spec.classes, -1)
-    return HostPieces(
-        weights,
-        pieces[1 : PIECES_PER_BLOCK * blocks : PIECES_PER_BLOCK],
-        pieces[2 : PIECES_PER_BLOCK * blocks : PIECES_PER_BLOCK],
-        classifier,
-        pieces[-1],
-    )
+    parameters: Tensor
+    momentum: Tensor
+    statistics: tuple[Statistics, ...]
 
 
 class ParameterBank:
@@ -63,53 +38,48 @@ class ParameterBank:
     Args:
         lanes: Number of hosts, E.
         spec: The host.
-        slot_blocks: Index of the block behind which each slot sits.
-        config: Learning rates, momentum, clipping, blueprints.
+        slots: Names of the slots that may be grown into.
+        config: Which blueprints may be grown, which bounds the slots' segments.
         dtype: Precision of everything that is trained.
         device: Where it lies.
+
+    Raises:
+        ConfigError: The host has no such slot.
     """
 
     def __init__(
         self,
         lanes: int,
         spec: HostSpec,
-        slot_blocks: tuple[int, ...],
+        slots: tuple[str, ...],
         config: EnvironmentConfig,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
         self.spec = spec
-        self.slot_channels = tuple(spec.blocks[index].channels_out for index in slot_blocks)
-        widths = [
-            max(blueprint(name).parameter_count(channels) for name in config.blueprints)
-            for channels in self.slot_channels
-        ]
-        self.slot_offsets = tuple(
-            int(offset) for offset in spec.parameter_count + np.cumsum([0, *widths[:-1]])
-        )
-        self._slot_widths = tuple(widths)
-        size = spec.parameter_count + sum(widths)
-        self._dtype = dtype
-        self.parameters = torch.zeros(lanes, size, dtype=dtype, device=device)
+        self.places = spec.places(slots)
+        self.slot_channels = tuple(place.shape.channels for place in self.places)
+        self.slot_widths = tuple(_segment_width(spec, place, config) for place in self.places)
+        ends = np.cumsum([spec.parameter_count, *self.slot_widths])
+        self.slot_offsets = tuple(int(offset) for offset in ends[:-1])
+        self.parameters = torch.zeros(lanes, int(ends[-1]), dtype=dtype, device=device)
         self.momentum = torch.zeros_like(self.parameters)
-        self.gradients = torch.zeros_like(self.parameters)
-        self.running_means = [
-            torch.zeros(lanes, block.channels_out, dtype=dtype, device=device) for block in spec.blocks
-        ]
-        self.running_variances = [torch.ones_like(mean) for mean in self.running_means]
+        self.statistics = tuple(
+            Statistics(
+                torch.zeros(lanes, block.statistics, dtype=dtype, device=device),
+                torch.ones(lanes, block.statistics, dtype=dtype, device=device),
+            )
+            for block in spec.blocks
+        )
         self.layers = len(spec.blocks) + 1
-        self._segments = [*spec.layer_parameter_counts, *widths]
-        unit = [0] * spec.parameter_count + [
-            1 + slot for slot, width in enumerate(widths) for _ in range(width)
-        ]
-        self._unit = torch.tensor(unit, device=device)
-        rates = torch.tensor([config.host_lr] + [config.seed_lr] * len(widths), dtype=dtype, device=device)
-        self._rates = rates[self._unit]
-        self._decay = config.momentum
-        self._norm_limit = config.max_grad_norm
+
+    @property
+    def lanes(self) -> int:
+        """Number of hosts."""
+        return len(self.parameters)
 
     def reset_lane(self, lane: int, host_row: NDArray[np.float64]) -> None:
-        """Give a lane a fresh host and no seeds: parameters, momentum and batch statistics start anew.
+        """Give a lane a fresh host and no seeds: parameters, momentum and running statistics start anew.
 
         Args:
             lane: Row of the bank.
@@ -117,45 +87,101 @@ class ParameterBank:
         """
         self.parameters[lane] = 0
         self.momentum[lane] = 0
-        self.parameters[lane, : self.spec.parameter_count] = torch.as_tensor(host_row, dtype=self._dtype)
-        for mean, variance in zip(self.running_means, self.running_variances, strict=True):
-            mean[lane] = 0
-            variance[lane] = 1
+        self._write(lane, 0, host_row)
+        for statistics in self.statistics:
+            statistics.mean[lane] = 0
+            statistics.variance[lane] = 1
 
     def create_seed(self, lane: int, slot: int, seed_row: NDArray[np.float64]) -> None:
         """Put a fresh seed and its empty optimiser state into a slot."""
-        if len(seed_row) > self._slot_widths[slot]:
-            raise InvariantViolation(
-                f"a seed of {len(seed_row)} parameters in slot {slot}, which holds {self._slot_widths[slot]}"
-            )
+        self._check_fits(slot, len(seed_row))
         self.remove_seed(lane, slot)
-        start = self.slot_offsets[slot]
-        self.parameters[lane, start : start + len(seed_row)] = torch.as_tensor(seed_row, dtype=self._dtype)
+        self._write(lane, self.slot_offsets[slot], seed_row)
+
+    def append_gate(self, lane: int, slot: int, offset: int, gate_row: NDArray[np.float64]) -> None:
+        """Put a fresh gate and its empty optimiser state behind a seed that is there.
+
+        Args:
+            lane: Row of the bank.
+            slot: Slot of the seed.
+            offset: Parameters of the seed without a gate.
+            gate_row: `[G]`.
+        """
+        self._check_fits(slot, offset + len(gate_row))
+        start = self.slot_offsets[slot] + offset
+        self._write(lane, start, gate_row)
+        self.momentum[lane, start : start + len(gate_row)] = 0
 
     def remove_seed(self, lane: int, slot: int) -> None:
         """Clear a slot's parameters and optimiser state."""
         start = self.slot_offsets[slot]
-        self.parameters[lane, start : start + self._slot_widths[slot]] = 0
-        self.momentum[lane, start : start + self._slot_widths[slot]] = 0
+        self.parameters[lane, start : start + self.slot_widths[slot]] = 0
+        self.momentum[lane, start : start + self.slot_widths[slot]] = 0
 
-    def squared_norms(self, values: Tensor) -> Tensor:
-        """Squared norm of each host layer and each slot: `[E, P]` gives `[E, layers + S]`."""
-        # Sums of slices, not a product with indicators: there one NaN would reach every segment of its lane.
-        squares = torch.split(values * values, self._segments, dim=1)
-        return torch.stack([part.sum(1) for part in squares], dim=1)
+    def snapshot(self, lanes: NDArray[np.int64]) -> LaneCopy:
+        """Copy everything of some lanes."""
+        chosen = self._chosen(lanes)
 
-    def step(self) -> Tensor:
-        """One step of the optimiser along `gradients`.
+        def copied(values: Tensor) -> Tensor:
+            return values.index_select(0, chosen).cpu()
 
-        Returns:
-            `[E, layers + S]` squared norms of the gradients before clipping.
-        """
-        squares = self.squared_norms(self.gradients)
-        host = squares[:, : self.layers].sum(1, keepdim=True)
-        norms = torch.cat((host, squares[:, self.layers :]), dim=1).sqrt_()
-        share = torch.clamp(self._norm_limit / (norms + 1e-6), max=1.0)
-        share = torch.where(torch.isfinite(norms), share, 0.0)
-        clipped = torch.nan_to_num_(self.gradients * share[:, self._unit], nan=0.0, posinf=0.0, neginf=0.0)
-        self.momentum.mul_(self._decay).add_(clipped)
-        self.parameters.sub_(self.momentum * self._rates)
-        return squares
+        return LaneCopy(
+            copied(self.parameters),
+            copied(self.momentum),
+            tuple(Statistics(copied(each.mean), copied(each.variance)) for each in self.statistics),
+        )
+
+    def restore(self, lanes: NDArray[np.int64], copy: LaneCopy) -> None:
+        """Put copied lanes back, in the order in which they are named: lane `lanes[i]` gets row i."""
+        chosen = self._chosen(lanes)
+        if len(copy.parameters) != len(chosen) or copy.parameters.shape[1:] != self.parameters.shape[1:]:
+            raise InvariantViolation(
+                f"a copy of {list(copy.parameters.shape)} parameters for {len(chosen)} lanes of "
+                f"{self.parameters.shape[1]}"
+            )
+        pairs = [(self.parameters, copy.parameters), (self.momentum, copy.momentum)]
+        for mine, theirs in zip(self.statistics, copy.statistics, strict=True):
+            pairs += [(mine.mean, theirs.mean), (mine.variance, theirs.variance)]
+        for target, source in pairs:
+            target.index_copy_(0, chosen, source.to(target))
+
+    def clear_momentum(self, lanes: NDArray[np.int64]) -> None:
+        """Forget the optimiser state of host and seeds of some lanes."""
+        self.momentum.index_fill_(0, self._chosen(lanes), 0)
+
+    def weight_norms(self) -> NDArray[np.float64]:
+        """Norm of each host layer's parameters, `[E, layers]`."""
+        squares = layer_squares(self.spec, self.parameters[:, : self.spec.parameter_count])
+        return np.asarray(squares.double().sqrt().cpu().numpy())
+
+    def _chosen(self, lanes: NDArray[np.int64]) -> Tensor:
+        return torch.as_tensor(lanes, dtype=torch.int64, device=self.parameters.device)
+
+    def _write(self, lane: int, start: int, row: NDArray[np.float64]) -> None:
+        self.parameters[lane, start : start + len(row)] = torch.as_tensor(row, dtype=self.parameters.dtype)
+
+    def _check_fits(self, slot: int, size: int) -> None:
+        if size > self.slot_widths[slot]:
+            raise InvariantViolation(
+                f"a seed of {size} parameters in slot {self.places[slot].name}, which holds "
+                f"{self.slot_widths[slot]}"
+            )
+
+
+def layer_squares(spec: HostSpec, rows: Tensor) -> Tensor:
+    """Squared norm of each host layer of flat host rows: `[R, parameter_count]` gives `[R, layers]`."""
+    # Sums of slices, not a product with indicators: there one NaN would reach every layer of its lane.
+    squares = torch.split(rows * rows, list(spec.layer_parameter_counts), dim=1)
+    return torch.stack([part.sum(1) for part in squares], dim=1)
+
+
+def _segment_width(spec: HostSpec, place: SlotPlace, config: EnvironmentConfig) -> int:
+    """Parameters of the largest seed, with a gate, that a slot may hold; 0 where no blueprint fits the host."""
+    channels = place.shape.channels
+    fitting = [blueprint(name) for name in config.blueprints]
+    counts = [
+        seed_parameter_count(each, Composition.GATE, channels, spec.kind)
+        for each in fitting
+        if spec.kind in each.kinds
+    ]
+    return max(counts, default=0)

@@ -44,3 +44,21 @@ class SampleOrders:
         self._cursors += self._needed
         chosen = np.take_along_axis(self._orders, columns, axis=1).reshape(self._shape)
         return np.ascontiguousarray(chosen.transpose(1, 0, 2))
+
+    def state_dict(self) -> dict[str, NDArray[np.int64]]:
+        """Orders and how far each lane has come in its own, copied."""
+        return {"orders": self._orders.copy(), "cursors": self._cursors.copy()}
+
+    def load_state_dict(self, state: dict[str, NDArray[np.int64]]) -> None:
+        """Go on where `state_dict` was taken.
+
+        Raises:
+            ValueError: It is of other lanes or samples.
+        """
+        if (
+            np.shape(state["orders"]) != self._orders.shape
+            or np.shape(state["cursors"]) != self._cursors.shape
+        ):
+            raise ValueError(f"sample orders {np.shape(state['orders'])}, not {self._orders.shape}")
+        np.copyto(self._orders, state["orders"])
+        np.copyto(self._cursors, state["cursors"])

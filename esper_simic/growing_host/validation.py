@@ -1,9 +1,11 @@
-"""One fused validation pass: every host, and every host with one of its seeds switched off.
+"""One fused validation pass: every host, and variants of it that leave some of its seeds out.
 
-A *row* is a host or a variant of it. The pass starts with one row per host. Behind the block of slot s, each host
-whose seed there is to be ablated gets one more row, which leaves the seed out; rows are computed together from there
-on, so the trunk in front of a slot is computed once, and the work grows with the number of live blended seeds only.
-Batch normalisation uses the running statistics and is folded into the convolution in front of it.
+A *row* is a host or a variant of it. The pass starts with one row per host. At each slot, the rows whose variants
+disagree about the seed there are copied, and the copies leave the seed out; so variants part at the first slot at which
+they differ, the trunk in front of it is computed once, and the work grows only with what is really different. Running
+statistics are folded into the weights once a pass, and rows pick theirs.
+
+Samples go through in chunks and lanes in tiles, so that features stay in a core's cache.
 """
 
 from __future__ import annotations
@@ -17,55 +19,64 @@ import torch.nn.functional as torch_functional
 from numpy.typing import NDArray
 from torch import Tensor
 
-from esper_simic.growing_host.functional import EPSILON, graft, max_pool
-from esper_simic.growing_host.grafts import GraftPlan, SlotSeeds, plan_graft
-from esper_simic.growing_host.parameters import HostPieces, ParameterBank, split_host
-from esper_simic.growing_host.training import seed_features, seed_parameters
+from esper_simic.errors import InvariantViolation
+from esper_simic.growing_host.counterfactual import Variants
+from esper_simic.growing_host.grafts import NO_SEED, GraftPlan, SlotSeeds, plan_graft
+from esper_simic.growing_host.hosts.layers import Pieces
+from esper_simic.growing_host.parameters import ParameterBank
+from esper_simic.growing_host.trunk import flow_order, tiles, walk
 from esper_simic.lifecycle import Bools
 
-CHUNK_SAMPLES: Final = 64
-"""Samples computed together, so that the features of a few dozen hosts stay in a core's cache."""
+CHUNK_ELEMENTS: Final = 2**12
+CHUNK_SAMPLES_MIN: Final = 64
+"""A chunk has so many samples, and more where all of them together have no more than `CHUNK_ELEMENTS` numbers."""
+
+TILE_ELEMENTS: Final = 2**20
+"""Numbers that the widest features of a chunk may have, over all lanes of a tile."""
 
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """What a validation pass found.
+    """What a validation pass found, of n hosts and V variants of them.
 
     | field | shape | meaning |
     |---|---|---|
-    | `accuracy` | `[n]` | percent of the samples that were classified rightly |
-    | `loss` | `[n]` | mean cross-entropy, in nats |
-    | `accuracy_without` | `[n, S]` | accuracy with the seed of a slot switched off; NaN where not ablated |
+    | `accuracy` | `[n]` | percent of the labels that were given rightly (of tokens: of all positions) |
+    | `loss` | `[n]` | mean cross-entropy of a label, in nats |
+    | `variant_accuracy`, `variant_loss` | `[V]` | the same of the variants |
     """
 
     accuracy: NDArray[np.float64]
     loss: NDArray[np.float64]
-    accuracy_without: NDArray[np.float64]
+    variant_accuracy: NDArray[np.float64]
+    variant_loss: NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
-class _BlockStep:
-    """What one block does to the rows that reach it: an affine map per row, then its slot's seeds.
+class _SlotStep:
+    """What happens at a slot: rows `copied` are repeated behind the last one, then seeds are blended in."""
 
-    `ablated` are the rows that are copied before the seeds are blended in; the copies become the last rows.
-    """
-
-    weight: Tensor
-    bias: Tensor
-    ablated: Tensor | None
+    copied: Tensor | None
     plan: GraftPlan | None
     seed_rows: list[Tensor]
+
+    def apply(self, x: Tensor) -> Tensor:
+        """`[R, ...]` to `[R + copies, ...]`."""
+        grown = x if self.plan is None else self.plan.graft(self.seed_rows, x)
+        # The copies are taken in front of the seeds, which none of them has.
+        return grown if self.copied is None else torch.cat((grown, x.index_select(0, self.copied)))
 
 
 @dataclass(frozen=True, slots=True)
 class _Pass:
-    """A whole pass: its blocks, the classifier of each final row, and what each variant row leaves out."""
+    """A whole pass over one tile: prepared pieces of each layer's rows, and the final row of each host and variant."""
 
-    blocks: list[_BlockStep]
-    classifier_weight: Tensor
-    classifier_bias: Tensor
-    variant_host: NDArray[np.int64]
-    variant_slot: NDArray[np.int64]
+    stem: Pieces
+    blocks: tuple[Pieces, ...]
+    head: Pieces
+    final_stem: Pieces
+    steps: tuple[_SlotStep, ...]
+    row: NDArray[np.int64]
 
 
 class Validator:
@@ -73,114 +84,155 @@ class Validator:
 
     Args:
         bank: What is measured.
-        images: `[N, channels, height, width]` validation samples.
-        labels: `[N]` int64.
-        slot_of_block: For each block the slot behind it, or None.
+        inputs: `[N, ...]` validation samples, of the bank's dtype, or int64 tokens `[N, L]`.
+        labels: `[N]` int64, or `[N, L]` for tokens.
     """
 
-    def __init__(
-        self, bank: ParameterBank, images: Tensor, labels: Tensor, slot_of_block: tuple[int | None, ...]
-    ) -> None:
+    def __init__(self, bank: ParameterBank, inputs: Tensor, labels: Tensor) -> None:
         self._bank = bank
-        self._slot_of_block = slot_of_block
-        self._samples = len(labels)
-        chunks = zip(torch.split(images, CHUNK_SAMPLES), torch.split(labels, CHUNK_SAMPLES), strict=True)
-        self._chunks = [(part.permute(1, 2, 3, 0).contiguous(), part_labels) for part, part_labels in chunks]
+        self._labels = labels.numel()
+        self._chunk = max(CHUNK_SAMPLES_MIN, CHUNK_ELEMENTS // bank.spec.features_max)
+        chunks = zip(torch.split(inputs, self._chunk), torch.split(labels, self._chunk), strict=True)
+        # Positions first and samples innermost, like the logits.
+        self._chunks = [
+            (part.flatten(1).t().contiguous().unsqueeze(0), part_labels.t().reshape(1, -1))
+            for part, part_labels in chunks
+        ]
 
     def measure(
-        self, seeds: tuple[SlotSeeds, ...], ablate: Bools, lanes: NDArray[np.int64] | None = None
+        self, seeds: tuple[SlotSeeds, ...], variants: Variants, lanes: NDArray[np.int64] | None = None
     ) -> Measurement:
-        """Measure hosts, and each of their seeds in `ablate`.
+        """Measure hosts, and variants of them.
 
         Args:
             seeds: The seeds that change what hosts compute, slot by slot.
-            ablate: `[E, S]` true where the accuracy without that seed is wanted; only where a seed is.
-            lanes: `[n]` the hosts to measure; all by default.
+            variants: Which variants of the hosts are measured, too; of measured lanes only.
+            lanes: `[n]` the hosts to measure, each at most once; all by default.
+
+        Raises:
+            InvariantViolation: A variant of a lane that is not measured.
         """
-        every = np.arange(len(self._bank.parameters)) if lanes is None else lanes
+        every = np.arange(self._bank.lanes) if lanes is None else np.asarray(lanes)
+        position = np.full(self._bank.lanes, -1)
+        position[every] = np.arange(len(every))
+        host = position[variants.lane]
+        if (host < 0).any():
+            raise InvariantViolation(f"variants of lanes {np.unique(variants.lane[host < 0])} not measured")
+        accuracy, loss = np.zeros((2, len(every))), np.zeros((2, len(host)))
         with torch.no_grad():
-            whole = self._plan(seeds, ablate, every)
-            device = self._bank.parameters.device
-            correct = torch.zeros(len(every) + len(whole.variant_host), dtype=torch.int64, device=device)
-            loss = torch.zeros(len(every), dtype=self._bank.parameters.dtype, device=device)
-            for images, labels in self._chunks:
-                logits = _logits(images, whole)
-                # Right where no class scores as high as the label's own; argmax is a dozen times slower here.
-                own = logits.gather(1, labels.expand(len(logits), 1, -1))
-                correct += ((logits >= own).sum(1) == 1).sum(1)
-                own_labels = labels.expand(len(every), -1)
-                loss += torch_functional.cross_entropy(
-                    logits[: len(every)], own_labels, reduction="none"
-                ).sum(1)
-        accuracy = correct.cpu().numpy() * (100 / self._samples)
-        accuracy_without = np.full((len(every), len(seeds)), np.nan)
-        accuracy_without[whole.variant_host, whole.variant_slot] = accuracy[len(every) :]
-        return Measurement(
-            accuracy[: len(every)], loss.double().cpu().numpy() / self._samples, accuracy_without
-        )
+            width = self._bank.spec.features_max * self._chunk
+            for start, end in tiles(len(every), width, TILE_ELEMENTS):
+                own = np.flatnonzero((host >= start) & (host < end))
+                right, nats = self._measure_tile(
+                    seeds, every[start:end], host[own] - start, variants.keep[own]
+                )
+                hosts = end - start
+                accuracy[0, start:end], accuracy[1, start:end] = right[:hosts], nats[:hosts]
+                loss[0, own], loss[1, own] = right[hosts:], nats[hosts:]
+        return Measurement(accuracy[0], accuracy[1], loss[0], loss[1])
 
-    def _plan(self, seeds: tuple[SlotSeeds, ...], ablate: Bools, lanes: NDArray[np.int64]) -> _Pass:
-        """Lay out the rows of a pass, block by block."""
+    def _measure_tile(
+        self, seeds: tuple[SlotSeeds, ...], lanes: NDArray[np.int64], host: NDArray[np.int64], keep: Bools
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Accuracy and loss of each host of a tile, then of its variants."""
+        whole = self._plan(seeds, lanes, host, keep)
+        right: Tensor | int = 0
+        nats: Tensor | float = 0.0
+        for inputs, labels in self._chunks:
+            logits = self._logits(inputs, whole)
+            # Right where no class scores as high as the label's own; argmax is a dozen times slower here.
+            own = logits.gather(1, labels.expand(len(logits), 1, -1))
+            right = right + ((logits >= own).sum(1) == 1).sum(1)
+            spread = torch_functional.cross_entropy(logits, labels.expand(len(logits), -1), reduction="none")
+            nats = nats + spread.sum(1)
+        both = torch.stack((torch.as_tensor(right).double() * 100, torch.as_tensor(nats).double()))
+        by_row = both.cpu().numpy()[:, whole.row] / self._labels
+        return by_row[0], by_row[1]
+
+    def _plan(
+        self, seeds: tuple[SlotSeeds, ...], lanes: NDArray[np.int64], host: NDArray[np.int64], keep: Bools
+    ) -> _Pass:
+        """Lay out the rows of a pass over some lanes, slot by slot."""
         bank = self._bank
-        device = bank.parameters.device
-        host = split_host(bank.spec, bank.parameters[:, : bank.spec.parameter_count])
-        lane_of_row = lanes
-        blocks: list[_BlockStep] = []
-        variant_host, variant_slot = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
-        for index, slot in enumerate(self._slot_of_block):
-            weight, bias = self._fold(host, index)
-            chosen = torch.from_numpy(lane_of_row).to(device)
-            ablated, plan, seed_rows = None, None, list[Tensor]()
-            if slot is not None:
-                plan = plan_graft(seeds[slot], lane_of_row, bank.parameters)
-                seed_rows = [
-                    seed_parameters(
-                        bank, slot, group.blueprint.parameter_count(bank.slot_channels[slot]), group.lanes
-                    )
-                    for group in (plan.groups if plan is not None else ())
-                ]
-                hosts = np.flatnonzero(ablate[lanes, slot])
-                if len(hosts):
-                    ablated = torch.from_numpy(hosts).to(device)
-                    lane_of_row = np.concatenate((lane_of_row, lanes[hosts]))
-                    variant_host.append(hosts)
-                    variant_slot.append(np.full(len(hosts), slot))
-            blocks.append(_BlockStep(weight[chosen], bias[chosen], ablated, plan, seed_rows))
-        chosen = torch.from_numpy(lane_of_row).to(device)
+        pieces = bank.spec.split(bank.parameters[:, : bank.spec.parameter_count])
+        rows = _Rows(lanes, host, keep)
+        stem = rows.picked(pieces.stem)
+        blocks: list[Pieces] = []
+        steps: dict[int, _SlotStep] = {}
+        remaining = flow_order(bank.places)
+        for index, block in enumerate(bank.spec.blocks):
+            blocks.append(rows.picked(block.prepare(pieces.blocks[index], bank.statistics[index])))
+            while remaining and bank.places[remaining[0]].block == index:
+                slot = remaining.pop(0)
+                steps[slot] = self._step(slot, seeds[slot], rows)
+        by_slot = tuple(steps[slot] for slot in range(len(bank.places)))
         return _Pass(
-            blocks,
-            host.classifier_weight[chosen],
-            host.classifier_bias[chosen].unsqueeze(2),
-            np.concatenate(variant_host),
-            np.concatenate(variant_slot),
+            stem, tuple(blocks), rows.picked(pieces.head), rows.picked(pieces.stem), by_slot, rows.row
         )
 
-    def _fold(self, host: HostPieces, index: int) -> tuple[Tensor, Tensor]:
-        """Convolution and normalisation of a block as one affine map: `[E, O, I]` and `[E, O, 1]`."""
+    def _step(self, slot: int, seeds: SlotSeeds, rows: _Rows) -> _SlotStep:
         bank = self._bank
-        slope = host.scales[index] * torch.rsqrt(bank.running_variances[index] + EPSILON)
-        bias = host.shifts[index] - bank.running_means[index] * slope
-        return host.weights[index] * slope.unsqueeze(2), bias.unsqueeze(2)
+        lane_of_row = rows.lane
+        on, copied = rows.part(slot, seeds)
+        plan = plan_graft(slot, seeds, lane_of_row, bank.spec, bank.parameters, where=on)
+        seed_rows = []
+        for group in plan.groups if plan is not None else ():
+            count = group.parameter_count(bank.slot_channels[slot])
+            segment = bank.parameters.narrow(1, bank.slot_offsets[slot], count)
+            seed_rows.append(segment.index_select(0, group.lanes))
+        chosen = torch.from_numpy(copied).to(bank.parameters.device) if len(copied) else None
+        return _SlotStep(chosen, plan, seed_rows)
+
+    def _logits(self, inputs: Tensor, whole: _Pass) -> Tensor:
+        """Logits of one chunk of samples: `[1, F, B]` gives `[rows, classes, n]`."""
+        spec = self._bank.spec
+
+        def block(index: int, x: Tensor) -> Tensor:
+            return spec.blocks[index].forward_measure(whole.blocks[index], x)
+
+        def slot(index: int, x: Tensor) -> Tensor:
+            return whole.steps[index].apply(x)
+
+        x = walk(spec.blocks, self._bank.places, spec.stem.forward(whole.stem, inputs), block, slot)
+        return spec.head.forward(whole.head, whole.final_stem, x)
 
 
-def _logits(images: Tensor, whole: _Pass) -> Tensor:
-    """Logits of one chunk of samples: `[C, H, W, B]` gives `[rows, classes, B]`."""
-    x = images.unsqueeze(0)
-    for block in whole.blocks:
-        rows, outputs, inputs = block.weight.shape
-        side, samples = x.shape[2], x.shape[4]
-        if len(x) == rows:
-            flat = torch.bmm(block.weight, x.reshape(rows, inputs, -1))
-        else:  # the first block: all hosts see the same samples
-            flat = (block.weight.reshape(rows * outputs, inputs) @ x.reshape(inputs, -1)).view(
-                rows, outputs, -1
-            )
-        x = torch.relu_(flat.add_(block.bias)).view(rows, outputs, side, side, samples)
-        plain = x.index_select(0, block.ablated) if block.ablated is not None else None
-        if block.plan is not None:
-            features = seed_features(block.plan, block.seed_rows, x)
-            x = graft(x, features, block.plan.rows, block.plan.alpha, block.plan.share)
-        if plain is not None:
-            x = torch.cat((x, plain))
-        x = max_pool(x)
-    return torch.baddbmm(whole.classifier_bias, whole.classifier_weight, x.mean((2, 3)))
+class _Rows:
+    """The rows of a pass while it is laid out.
+
+    | field | shape | meaning |
+    |---|---|---|
+    | `lane` | `[R]` | the lane of each row so far |
+    | `row` | `[n + V]` | the row so far of each host, then of each variant |
+    """
+
+    def __init__(self, lanes: NDArray[np.int64], host: NDArray[np.int64], keep: Bools) -> None:
+        self.lane = lanes
+        self.row = np.concatenate((np.arange(len(lanes)), host))
+        self._kept = np.concatenate((np.ones((len(lanes), keep.shape[1]), dtype=np.bool_), keep))
+
+    def part(self, slot: int, seeds: SlotSeeds) -> tuple[Bools, NDArray[np.int64]]:
+        """Part hosts and variants that disagree about a slot's seed.
+
+        Returns:
+            `[R]` true for the rows that have the seed, and the rows that are copied to leave it out; where the lane
+            has no seed there, nobody disagrees.
+        """
+        count = len(self.lane)
+        here = self._kept[:, slot] | (seeds.kind[self.lane[self.row]] == NO_SEED)
+        on, off = np.zeros((2, count), dtype=np.bool_)
+        on[self.row[here]] = True
+        off[self.row[~here]] = True
+        copied = np.flatnonzero(on & off)
+        copy_of = np.arange(count)
+        copy_of[copied] = count + np.arange(len(copied))
+        self.row = np.where(here, self.row, copy_of[self.row])
+        self.lane = np.concatenate((self.lane, self.lane[copied]))
+        return on, copied
+
+    def picked(self, pieces: Pieces) -> Pieces:
+        """Each row's pieces, from those of all lanes."""
+        if not pieces:
+            return ()
+        chosen = torch.from_numpy(self.lane).to(pieces[0].device)
+        return tuple(piece.index_select(0, chosen) for piece in pieces)

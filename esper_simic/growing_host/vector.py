@@ -1,7 +1,8 @@
 """The vectorised Gymnasium environment: E growing hosts, one computation.
 
 Autoreset mode is SAME_STEP: when a lane's episode ends, the step that ends it already returns the next episode's first
-observation, and the finished one's last observation is in `infos["final_obs"]`.
+observation, and the finished one's last observation is in `infos["final_obs"]`. A host that breaks down is rolled back
+by the governor, which ends its episode as `truncated`.
 
 | info | shape | meaning |
 |---|---|---|
@@ -19,7 +20,7 @@ observation, and the finished one's last observation is in `infos["final_obs"]`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,7 @@ from esper_simic.config import EnvironmentConfig
 from esper_simic.errors import ContractError
 from esper_simic.growing_host import masks
 from esper_simic.growing_host.core import GrowingHosts, StepResult
+from esper_simic.growing_host.picture import check_render_mode, drawn
 from esper_simic.growing_host.spaces import action_space, observation_space, resolve_config
 from esper_simic.growing_host.view import HostView
 
@@ -46,14 +48,18 @@ class GrowingHostVectorEnv(VectorEnv[Arrays, NDArray[np.int64], NDArray[np.gener
         gamma: The learner's discount, for the reward's shaping.
         lane_seeds: Seeds of the lanes while `reset` is given none; drawn from Gymnasium's entropy by default.
         first_episodes: Episode number each lane starts with after a seeded `reset`; 0 by default.
-        render_mode: Only None.
+        render_mode: `ansi`: lines of text; `rgb_array`: images; one of each lane. None: nothing is drawn.
         **settings: Fields of `EnvironmentConfig`, instead of `config`.
 
     Raises:
         ConfigError: The configuration cannot be obeyed.
     """
 
-    metadata: dict[str, Any] = {"render_modes": [], "autoreset_mode": AutoresetMode.SAME_STEP}  # noqa: RUF012 - as Gymnasium declares it
+    metadata: dict[str, Any] = {  # noqa: RUF012 - as Gymnasium declares it
+        "render_modes": ["ansi", "rgb_array"],
+        "render_fps": 4,
+        "autoreset_mode": AutoresetMode.SAME_STEP,
+    }
 
     def __init__(
         self,
@@ -68,7 +74,7 @@ class GrowingHostVectorEnv(VectorEnv[Arrays, NDArray[np.int64], NDArray[np.gener
     ) -> None:
         self.config = resolve_config(config, settings)
         self.num_envs = num_envs
-        self.render_mode = render_mode
+        self.render_mode = check_render_mode(render_mode)
         self._hosts = GrowingHosts(num_envs, self.config, gamma=gamma)
         self.spec_observation = self._hosts.spec
         slots = len(self.config.slots)
@@ -82,6 +88,7 @@ class GrowingHostVectorEnv(VectorEnv[Arrays, NDArray[np.int64], NDArray[np.gener
         self._episodes = np.zeros(num_envs, dtype=np.int64)
         self._cuts = np.full(num_envs, self.config.max_epochs)
         self._returns = np.zeros(num_envs)
+        self._curves: list[list[float]] = [[] for _ in range(num_envs)]
         self._ready = False
 
     def reset(
@@ -121,7 +128,9 @@ class GrowingHostVectorEnv(VectorEnv[Arrays, NDArray[np.int64], NDArray[np.gener
             raise ContractError("reset the environment before its first step")
         result = self._hosts.step(actions)
         self._returns += result.reward
-        truncated = (self._hosts.epoch >= self._cuts) & ~result.terminated
+        truncated = ((self._hosts.epoch >= self._cuts) & ~result.terminated) | result.rolled_back
+        for curve, accuracy in zip(self._curves, self._hosts.accuracy.tolist(), strict=True):
+            curve.append(accuracy)
         ended = result.terminated | truncated
         observed = self._hosts.observe()
         infos = self._infos(observed) | {
@@ -141,6 +150,48 @@ class GrowingHostVectorEnv(VectorEnv[Arrays, NDArray[np.int64], NDArray[np.gener
         """A frozen picture of all lanes, for scripted controllers."""
         return self._hosts.view()
 
+    def render(self) -> tuple[str | NDArray[np.uint8], ...] | None:
+        """Each host, its slots, their alphas, and its accuracy over the episode, in the form of `render_mode`.
+
+        Raises:
+            ContractError: `reset` was not called.
+        """
+        if self.render_mode is None:
+            return None
+        if not self._ready:
+            raise ContractError("reset the environment before it is drawn")
+        return tuple(
+            drawn(self._hosts.picture(lane, np.array(curve)), self.render_mode)
+            for lane, curve in enumerate(self._curves)
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that later steps depend on, copied."""
+        return {
+            "hosts": self._hosts.state_dict(),
+            "lane_seeds": self._lane_seeds,
+            "next_episodes": list(self._next_episodes),
+            "curves": [list(curve) for curve in self._curves],
+            "ready": self._ready,
+            **{name: getattr(self, name).copy() for name in self._ARRAYS},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Become what another environment of the same lanes and configuration was, bit for bit from then on.
+
+        Raises:
+            ContractError: It is not the state of such an environment.
+        """
+        self._hosts.load_state_dict(state["hosts"])
+        self._lane_seeds = self._per_lane(state["lane_seeds"], "lane_seeds")
+        self._next_episodes = list(state["next_episodes"])
+        self._curves = [list(curve) for curve in state["curves"]]
+        self._ready = bool(state["ready"])
+        for name in self._ARRAYS:
+            np.copyto(getattr(self, name), state[name])
+
+    _ARRAYS = ("_episodes", "_cuts", "_returns")
+
     def close_extras(self, **kwargs: Any) -> None:
         """Nothing is held open."""
 
@@ -152,8 +203,10 @@ class GrowingHostVectorEnv(VectorEnv[Arrays, NDArray[np.int64], NDArray[np.gener
         self._hosts.start(lanes, [seeds[lane] for lane in chosen], episodes)
         self._episodes[lanes] = episodes
         self._returns[lanes] = 0
+        accuracy = self._hosts.accuracy
         for lane in chosen:
             self._next_episodes[lane] += 1
+            self._curves[lane] = [float(accuracy[lane])]
 
     def _finish(self, ended: NDArray[np.bool_], observed: Arrays) -> dict[str, Any]:
         """What is told about episodes that end in this step."""

@@ -22,7 +22,7 @@ class HostView:
     | `alpha` | `[E, S]` | weight of the seed, in [0, 1] |
     | `contribution` | `[E, S]` | accuracy points when last measured; NaN: never |
     | `blueprint` | `[E, S]` | index into `actions.BLUEPRINTS`; their number where empty |
-    | `accuracy_at_germination` | `[E, S]` | percent |
+    | `accuracy_at_germination`, `accuracy_at_stage` | `[E, S]` | percent then, and when the stage was entered |
     | `accuracy`, `loss` | `[E, HISTORY_EPOCHS]` | percent and nats, newest last; NaN where there was none |
     | `epoch` | `[E]` | epochs of the episode so far |
     | `mask` | `[E, M]` | packed mask of legal choices |
@@ -35,6 +35,7 @@ class HostView:
     contribution: NDArray[np.float64]
     blueprint: NDArray[np.int64]
     accuracy_at_germination: NDArray[np.float64]
+    accuracy_at_stage: NDArray[np.float64]
     accuracy: NDArray[np.float64]
     loss: NDArray[np.float64]
     epoch: NDArray[np.int64]

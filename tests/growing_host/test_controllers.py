@@ -10,6 +10,8 @@ import pytest
 from esper_simic.actions import BLUEPRINT, BLUEPRINTS, HEADS, OP, SLOT, MaskLayout, Op
 from esper_simic.config import EnvironmentConfig
 from esper_simic.growing_host.controllers import (
+    Farm,
+    FixedSchedule,
     HeuristicController,
     NeverGrow,
     PatientController,
@@ -24,7 +26,8 @@ CONFIG = EnvironmentConfig(max_epochs=40, training_epochs_min=2, validation_samp
 
 
 def controllers():
-    return [NeverGrow(), RandomController(), PatientController(), HeuristicController(LANES)]
+    schedules = [PatientController(), FixedSchedule(), Farm()]
+    return [NeverGrow(), RandomController(), *schedules, HeuristicController(LANES)]
 
 
 def play(controller, epochs, config=CONFIG):
@@ -40,9 +43,13 @@ def play(controller, epochs, config=CONFIG):
 
 
 @pytest.mark.parametrize("controller", controllers(), ids=lambda c: type(c).__name__)
-@pytest.mark.parametrize("blueprints", [CONFIG.blueprints, ("norm", "attention")])
-def test_only_legal_actions(controller, blueprints):
-    config = CONFIG.model_copy(update={"blueprints": blueprints})
+@pytest.mark.parametrize(
+    "change",
+    [{}, {"blueprints": ("norm", "attention")}, {"alpha_control": "full"}, {"auto_forward_g2": True}],
+    ids=["plain", "few blueprints", "full alpha control", "auto-forward"],
+)
+def test_only_legal_actions(controller, change):
+    config = CONFIG.model_copy(update=change)
     for _, _, infos in play(controller, 25, config):
         assert infos["action_succeeded"].all()
 
@@ -70,17 +77,38 @@ def test_sample_is_the_inverse_distribution_function(u, choice):
     assert sample(np.array([[False, True, False, True]]), np.array([u])).tolist() == [choice]
 
 
-def test_patient_germinates_in_order_and_keeps_after_five_epochs():
-    slots, fossilised = [], []
-    for view, actions, _ in play(PatientController(), 35):
+def schedule_played(controller, epochs=35):
+    """Slots germinated in turn, epochs in HOLDING of each seed when it was kept, and the last view."""
+    slots, kept, last = [], [], None
+    for view, actions, _ in play(controller, epochs):
         if actions[0, OP] == Op.GERMINATE:
             slots.append(int(actions[0, SLOT]))
             assert actions[0, BLUEPRINT] == BLUEPRINTS.index("conv_light")
         if actions[0, OP] == Op.FOSSILIZE:
-            fossilised.append(int(view.epochs_in_stage[0, actions[0, SLOT]]))
+            kept.append(int(view.epochs_in_stage[0, actions[0, SLOT]]))
+        last = view
+    return slots, kept, last
+
+
+def test_patient_germinates_in_order_and_keeps_after_five_epochs():
+    slots, kept, _ = schedule_played(PatientController())
     assert slots == [0, 1, 2]
-    assert len(fossilised) == 3
-    assert all(epochs >= 5 for epochs in fossilised)
+    assert len(kept) == 3
+    assert all(epochs >= 5 for epochs in kept)
+
+
+def test_the_fixed_schedule_keeps_at_once():
+    slots, kept, last = schedule_played(FixedSchedule())
+    assert slots == [0, 1, 2]
+    assert kept == [1, 1, 1], "a tick passes between reaching HOLDING and the next action"
+    assert (last.stage[0] == SeedStage.FOSSILIZED).all()
+
+
+def test_the_farm_grows_everywhere_and_keeps_nothing():
+    slots, kept, last = schedule_played(Farm())
+    assert slots == [0, 1, 2]
+    assert kept == []
+    assert (last.stage[0] == SeedStage.HOLDING).all()
 
 
 def quiet_view(**changes):
@@ -115,14 +143,15 @@ def test_heuristic_waits_while_the_host_learns(change):
     assert (act(HeuristicController(LANES), change(quiet_view()))[:, OP] == Op.WAIT).all()
 
 
-def holding(contribution, *, epochs=1, at_germination=20.0):
-    """A seed in HOLDING in slot 1 of every lane; FOSSILIZE and PRUNE are legal there."""
+def planted(contribution, *, epochs=1, at_germination=20.0, at_stage=20.0, stage=SeedStage.HOLDING):
+    """A seed in slot 1 of every lane, in HOLDING; FOSSILIZE and PRUNE are legal there. The accuracy is 20."""
     view = quiet_view()
-    stage = np.full((LANES, 3), SeedStage.DORMANT, dtype=np.int8)
-    stage[:, 1] = SeedStage.HOLDING
+    stages = np.full((LANES, 3), SeedStage.DORMANT, dtype=np.int8)
+    stages[:, 1] = stage
     mask = np.zeros_like(view.mask)
     table = np.zeros((LANES, len(Op), 3), dtype=np.int8)
-    table[:, Op.WAIT] = table[:, Op.FOSSILIZE, 1:2] = table[:, Op.PRUNE, 1:2] = 1
+    table[:, Op.WAIT] = table[:, Op.PRUNE, 1:2] = 1
+    table[:, Op.FOSSILIZE, 1:2] = stage is SeedStage.HOLDING
     layout = MaskLayout(3)
     mask[:] = view.mask
     mask[:, layout.op_slot] = table.reshape(LANES, -1)
@@ -132,11 +161,12 @@ def holding(contribution, *, epochs=1, at_germination=20.0):
     kind[:, 1] = BLUEPRINTS.index("conv_light")
     return dataclasses.replace(
         view,
-        stage=stage,
+        stage=stages,
         mask=mask,
         contribution=filled + contribution,
         epochs_in_stage=filled.astype(np.int64) + epochs,
         accuracy_at_germination=filled + at_germination,
+        accuracy_at_stage=filled + at_stage,
         blueprint=kind,
     )
 
@@ -144,11 +174,22 @@ def holding(contribution, *, epochs=1, at_germination=20.0):
 @pytest.mark.parametrize(
     ("view", "op"),
     [
-        (holding(0.6), Op.FOSSILIZE),
-        (holding(0.5), Op.WAIT),
-        (holding(0.5, epochs=5), Op.PRUNE),
-        (holding(0.6, at_germination=22.5), Op.PRUNE),
-        (holding(np.nan, epochs=4), Op.WAIT),
+        (planted(0.6), Op.FOSSILIZE),
+        (planted(0.5), Op.WAIT),
+        (planted(0.5, epochs=5), Op.PRUNE),
+        (planted(0.6, at_germination=22.5), Op.PRUNE),
+        (planted(np.nan, epochs=4), Op.WAIT),
+        (planted(9.0, at_germination=20.1), Op.PRUNE),  # ransomware: leaned on, and nothing is better for it
+        (planted(0.5, at_germination=20.1), Op.WAIT),  # worse, but nobody leans on it yet
+        (planted(0.5, stage=SeedStage.BLENDING, epochs=5), Op.PRUNE),
+        (planted(0.5, stage=SeedStage.BLENDING, epochs=4), Op.WAIT),
+        (
+            planted(0.5, stage=SeedStage.BLENDING, epochs=5, at_stage=19.9),
+            Op.WAIT,
+        ),  # it has brought something
+        (planted(0.6, stage=SeedStage.BLENDING, epochs=5), Op.WAIT),
+        (planted(np.nan, stage=SeedStage.TRAINING, epochs=9), Op.WAIT),  # it cannot have changed the accuracy
+        (planted(np.nan, stage=SeedStage.TRAINING, at_germination=22.5), Op.PRUNE),
     ],
 )
 def test_heuristic_keeps_what_contributes_and_prunes_what_does_not(view, op):
@@ -160,7 +201,7 @@ def test_heuristic_keeps_what_contributes_and_prunes_what_does_not(view, op):
 
 def test_heuristic_remembers_prunes_for_a_while():
     controller = HeuristicController(LANES)
-    act(controller, holding(0.0, epochs=5))
+    act(controller, planted(0.0, epochs=5))
     waits = [int(act(controller, quiet_view())[0, OP]) for _ in range(6)]
     assert waits == [Op.WAIT] * 5 + [Op.GERMINATE]
 
@@ -168,7 +209,7 @@ def test_heuristic_remembers_prunes_for_a_while():
 def test_heuristic_skips_a_blueprint_that_was_pruned_often():
     controller = HeuristicController(LANES)
     for _ in range(4):
-        act(controller, holding(0.0, epochs=5))
+        act(controller, planted(0.0, epochs=5))
     controller._epochs_since_prune[:] = 99
     assert controller._penalty[0, 0] > 3
     controller._penalty *= 2  # the next act halves it
@@ -176,3 +217,15 @@ def test_heuristic_skips_a_blueprint_that_was_pruned_often():
     controller.reset(np.arange(LANES) == 0)
     controller._epochs_since_prune[:] = 99
     assert BLUEPRINTS[act(controller, quiet_view())[0, BLUEPRINT]] == "conv_light"
+
+
+def test_heuristic_takes_the_plainest_blueprint_where_none_of_its_rotation_is_offered():
+    view = quiet_view()
+    mask = view.mask.copy()
+    offered = mask[:, MaskLayout(3).choices("blueprint")]
+    offered[:] = 0
+    offered[:, BLUEPRINTS.index("mlp_small")] = 1
+    mask[:, MaskLayout(3).choices("blueprint")] = offered
+    actions = act(HeuristicController(LANES), dataclasses.replace(view, mask=mask))
+    assert (actions[:, OP] == Op.GERMINATE).all()
+    assert (actions[:, BLUEPRINT] == BLUEPRINTS.index("mlp_small")).all()

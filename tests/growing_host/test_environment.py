@@ -14,7 +14,7 @@ from gymnasium.vector import AutoresetMode
 
 import esper_simic  # noqa: F401 - registers the environment
 from esper_simic.actions import HEADS, OP, SLOT, Op
-from esper_simic.config import EnvironmentConfig
+from esper_simic.config import EnvironmentConfig, GovernorConfig
 from esper_simic.errors import ConfigError, ContractError, InvariantViolation
 from esper_simic.graphs import OBSERVATION_KEYS
 from esper_simic.growing_host.controllers import PatientController, RandomController
@@ -288,7 +288,8 @@ def test_bad_settings_are_configuration_errors():
 
 
 def test_what_is_not_a_number_is_never_shown():
-    env = GrowingHostVectorEnv(2, SMALL)
+    unwatched = SMALL.model_copy(update={"governor": GovernorConfig(enabled=False)})
+    env = GrowingHostVectorEnv(2, unwatched)
     env.reset(seed=0)
     env._hosts.bank.parameters[1, 5] = float("nan")
     with pytest.raises(InvariantViolation, match="lane 1 is not finite"):

@@ -1,4 +1,4 @@
-"""Hand-written operations against torch's own and against automatic differentiation of their formulas."""
+"""Operations in the layout of many hosts against torch's own, values and gradients."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import torch
 import torch.nn.functional as F
 
 from esper_simic.growing_host.functional import (
-    batch_norm_rectify,
+    causal_attention,
     convolution_3x3,
-    graft,
     group_norm,
-    max_pool,
+    layer_norm,
+    linear,
+    patches,
     pointwise_convolution,
 )
 
@@ -29,6 +30,15 @@ def images(x):
     return x.permute(3, 0, 1, 2)
 
 
+def texts(x):
+    """One lane's features `[C, 1, L, B]` as torch's `[B, L, C]`."""
+    return x[:, 0].permute(2, 1, 0)
+
+
+def from_texts(x):
+    return x.permute(2, 1, 0)[:, None]
+
+
 def same(ours, reference, leaves, atol=1e-10):
     """Equal values, and equal gradients of a random linear functional."""
     torch.testing.assert_close(ours, reference, atol=atol, rtol=0)
@@ -37,29 +47,6 @@ def same(ours, reference, leaves, atol=1e-10):
     expected = torch.autograd.grad((reference * weights).sum(), leaves)
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b, atol=atol, rtol=0)
-
-
-@pytest.mark.parametrize("channels", [1, 2, 4])
-def test_batch_norm_rectify(channels):
-    x = (random(ROWS, channels, SIDE, SIDE, SAMPLES) + 1).requires_grad_()
-    scale, shift = random(ROWS, channels).requires_grad_(), random(ROWS, channels, 1)[..., 0].requires_grad_()
-    means, variances = random(ROWS, channels), random(ROWS, channels).abs()
-    expected_means, expected_variances = means.clone(), variances.clone()
-    ours = batch_norm_rectify(x, scale, shift, means, variances)
-    reference = []
-    for row in range(ROWS):
-        normed = F.batch_norm(
-            images(x[row]),
-            expected_means[row],
-            expected_variances[row],
-            scale[row],
-            shift[row],
-            training=True,
-        )
-        reference.append(torch.relu(normed).permute(1, 2, 3, 0))
-    same(ours, torch.stack(reference), [x, scale, shift])
-    torch.testing.assert_close(means, expected_means)
-    torch.testing.assert_close(variances, expected_variances)
 
 
 @pytest.mark.parametrize("rectify", [False, True])
@@ -80,6 +67,16 @@ def test_group_norm(channels, groups, rectify):
     )
 
 
+@pytest.mark.parametrize("channels", [1, 6])
+def test_layer_norm(channels):
+    x = random(ROWS, channels, 1, SIDE, SAMPLES).requires_grad_()
+    scale, shift = random(ROWS, channels).requires_grad_(), random(ROWS, channels, 1)[..., 0].requires_grad_()
+    reference = [
+        from_texts(F.layer_norm(texts(x[row]), (channels,), scale[row], shift[row])) for row in range(ROWS)
+    ]
+    same(layer_norm(x, scale, shift), torch.stack(reference), [x, scale, shift])
+
+
 @pytest.mark.parametrize(("inputs", "outputs"), [(1, 1), (2, 2), (3, 5)])
 def test_convolution_3x3(inputs, outputs):
     x = random(ROWS, inputs, SIDE, SIDE, SAMPLES).requires_grad_()
@@ -93,44 +90,56 @@ def test_convolution_3x3(inputs, outputs):
     same(convolution_3x3(x, weight), reference, [x, weight])
 
 
-def test_pointwise_convolution_and_pool():
+def test_pointwise_convolution():
     x = random(ROWS, 2, SIDE, SIDE, SAMPLES).requires_grad_()
     weight = random(ROWS, 3, 2).requires_grad_()
-    reference = torch.stack(
-        [
-            F.max_pool2d(F.conv2d(images(x[row]), weight[row][:, :, None, None]), 2).permute(1, 2, 3, 0)
-            for row in range(ROWS)
-        ]
-    )
-    same(max_pool(pointwise_convolution(x, weight)), reference, [x, weight])
+    reference = [
+        F.conv2d(images(x[row]), weight[row][:, :, None, None]).permute(1, 2, 3, 0) for row in range(ROWS)
+    ]
+    same(pointwise_convolution(x, weight), torch.stack(reference), [x, weight])
 
 
-def literal_graft(host, seed, lanes, alphas, isolated):
-    rows = list(host)
-    for position, lane in enumerate(lanes):
-        if isolated[position]:
-            rows[lane] = rows[lane] + (seed[position] - seed[position].detach())
-        else:
-            rows[lane] = (1 - alphas[position]) * rows[lane] + alphas[position] * seed[position]
-    return torch.stack(rows)
+@pytest.mark.parametrize("kernel", [(3, 3), (1, 3), (3, 1), (5, 3)])
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (2, 5), (4, 4)])
+def test_patches(kernel, height, width):
+    x = random(ROWS, 2, height, width, SAMPLES).requires_grad_()
+    padding = (kernel[0] // 2, kernel[1] // 2)
+    reference = [
+        F.unfold(images(x[row]), kernel, padding=padding)
+        .view(SAMPLES, 2, kernel[0] * kernel[1], height * width)
+        .permute(1, 2, 3, 0)
+        .flatten(2)
+        for row in range(ROWS)
+    ]
+    same(patches(x, kernel), torch.stack(reference), [x])
 
 
-@pytest.mark.parametrize("lanes", [[2, 0], [1], [0, 1, 2]])
-def test_graft(lanes):
-    host = random(ROWS, 2, SIDE, SIDE, SAMPLES).requires_grad_()
-    seed = random(len(lanes), 2, SIDE, SIDE, SAMPLES).requires_grad_()
-    isolated = [position % 2 == 0 for position in range(len(lanes))]
-    alphas = [0.0 if alone else 0.3 for alone in isolated]
-    alpha = torch.tensor(alphas, dtype=torch.float64)
-    share = torch.where(torch.tensor(isolated), 1.0, alpha)
-    reference = literal_graft(host, seed, lanes, alphas, isolated)
-    rows = None if lanes == [0, 1, 2] else torch.tensor(lanes)
-    same(graft(host, seed, rows, alpha, share), reference, [host, seed])
+def test_linear():
+    x = random(ROWS, 2, 1, SIDE, SAMPLES).requires_grad_()
+    weight, bias = random(ROWS, 6).requires_grad_(), random(ROWS, 3).requires_grad_()
+    reference = [
+        from_texts(F.linear(texts(x[row]), weight[row].view(3, 2), bias[row])) for row in range(ROWS)
+    ]
+    same(linear(x, weight, bias), torch.stack(reference), [x, weight, bias])
 
 
-def test_a_seed_in_isolation_leaves_every_bit_of_the_host():
-    host = torch.randn(ROWS, 2, SIDE, SIDE, SAMPLES, generator=torch.Generator().manual_seed(1))
-    seed = 1e6 * torch.randn(ROWS, 2, SIDE, SIDE, SAMPLES, generator=torch.Generator().manual_seed(2))
-    zero, one = torch.zeros(ROWS), torch.ones(ROWS)
-    assert torch.equal(graft(host, seed, None, zero, one), host)
-    assert torch.equal(graft(host, seed[:1], torch.tensor([1]), zero[:1], one[:1]), host)
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("window", [None, 1, 3, 6, 7, 50])
+def test_causal_attention(heads, window):
+    """Against a softmax over what a position may see, one after another."""
+    channels, positions = 4, 7
+    mixed = random(ROWS, 3 * channels, 1, positions, SAMPLES).requires_grad_()
+    reach = positions if window is None else window
+    size = channels // heads
+    rows = []
+    for row in range(ROWS):
+        query, key, value = texts(mixed[row]).chunk(3, dim=2)
+        out = torch.zeros(SAMPLES, positions, channels, dtype=torch.float64)
+        for head in range(heads):
+            part = slice(head * size, (head + 1) * size)
+            for position in range(positions):
+                seen = [before for before in range(position + 1) if position - before < reach]
+                scores = (query[:, position, None, part] * key[:, seen, part]).sum(2) / size**0.5
+                out[:, position, part] = (torch.softmax(scores, 1)[:, :, None] * value[:, seen, part]).sum(1)
+        rows.append(from_texts(out))
+    same(causal_attention(mixed, heads, window), torch.stack(rows), [mixed])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -13,6 +15,7 @@ from esper_simic.actions import (
     ALPHA_TARGETS,
     BLUEPRINTS,
     CHOICE_HEADS,
+    CHOICES,
     HEADS,
     OP,
     RELEVANT_HEADS,
@@ -23,328 +26,213 @@ from esper_simic.actions import (
     head_sizes,
 )
 from esper_simic.config import EnvironmentConfig
-from esper_simic.errors import InvariantViolation
+from esper_simic.errors import ConfigError
 from esper_simic.growing_host import masks
-from esper_simic.growing_host.controllers import RandomController, waiting
-from esper_simic.growing_host.core import GrowingHosts
-from esper_simic.growing_host.grafts import seeds_in_validation
-from esper_simic.growing_host.slots import NO_BLUEPRINT, SlotTable
-from esper_simic.lifecycle import BLENDED, TRANSITIONS, Event, SeedStage
-from esper_simic.rewards import fossil_bonus
+from esper_simic.growing_host.slots import SlotTable
+from esper_simic.lifecycle import SeedStage
+from tests.growing_host.literal_slots import Episode, promised
+from tests.growing_host.test_slots import CONFIG, FULL, HERE, RULES, grown, prune, retarget
 
-LANES = 4
 SLOTS = 3
 LAYOUT = MaskLayout(SLOTS)
-SMALL = EnvironmentConfig(
-    max_epochs=1000,
-    training_epochs_min=1,
-    train_batches=1,
-    train_batch_size=4,
-    validation_samples=10,
-    prune_age_min=2,
-    embargo_epochs=1,
-)
-EVENTS = {
-    Op.GERMINATE: Event.GERMINATE,
-    Op.ADVANCE: Event.ADVANCE,
-    Op.FOSSILIZE: Event.FOSSILIZE,
-    Op.PRUNE: Event.PRUNE,
+PLAIN = CONFIG.model_copy(update={"alpha_control": "plain"})
+PLAIN_OPEN: dict[str, list[int]] = {
+    "style": [Style.LINEAR_ADD, Style.SIGMOID_ADD],
+    "alpha_target": [ALPHA_TARGETS.index(1.0)],
+    "alpha_speed": [ALPHA_SPEED_EPOCHS.index(0)],
+    "alpha_curve": [ALPHA_CURVES.index("LINEAR")],
 }
 
 
-def fresh(config=SMALL, lanes=LANES, seed=0):
-    hosts = GrowingHosts(lanes, config, gamma=0.99)
-    hosts.start(np.arange(lanes), [seed + lane for lane in range(lanes)], [0] * lanes)
-    return hosts
-
-
-def promised(view, lane, action):
-    """What the packed mask says about an action: each relevant choice is legal."""
-    op = Op(action[OP])
-    if not view.mask[lane, LAYOUT.op][op]:
-        return False
-    if not view.mask[lane, LAYOUT.op_slot].reshape(len(Op), SLOTS)[op, action[SLOT]]:
-        return False
-    return all(
-        view.mask[lane, LAYOUT.choices(head)][action[HEADS.index(head)]]
-        for head in CHOICE_HEADS
-        if head in RELEVANT_HEADS[op]
+def literal_choices(config, host):
+    """Legal choices of the heads beside operation and slot, by their rules."""
+    shaping = any(
+        host.legal(op, slot) and (not config.mask_gates or host.opens(op, slot))
+        for op in (Op.GERMINATE, Op.SET_ALPHA_TARGET)
+        for slot in range(len(host.slots))
     )
+    legal = {head: list(range(CHOICES[head])) for head in CHOICE_HEADS}
+    legal["blueprint"] = [BLUEPRINTS.index(name) for name in BLUEPRINTS if name in config.blueprints]
+    if config.alpha_control == "plain":
+        legal |= PLAIN_OPEN
+    if not shaping:
+        legal |= {"style": [Style.SIGMOID_ADD], "alpha_target": [ALPHA_TARGETS.index(1.0)]}
+    return legal
 
 
-def ruled(hosts, lane, op, slot, config):
-    """The rules of each operation, literally, without gates."""
-    stages = [SeedStage(int(stage)) for stage in hosts.slots.stage[lane]]
-    stage = stages[slot]
-    live = {SeedStage.GERMINATED, SeedStage.TRAINING, SeedStage.BLENDING, SeedStage.HOLDING}
-    match Op(op):
-        case Op.WAIT:
-            return True
-        case Op.GERMINATE:
-            blocked = {
-                SeedStage.GERMINATED,
-                SeedStage.TRAINING,
-                SeedStage.PRUNED,
-                SeedStage.EMBARGOED,
-                SeedStage.RESETTING,
-            }
-            seeds = sum(s in live | {SeedStage.FOSSILIZED} for s in stages)
-            room = seeds < (config.max_seeds or len(stages))
-            return stage is SeedStage.DORMANT and room and not blocked.intersection(stages)
-        case Op.ADVANCE:
-            return stage in {SeedStage.GERMINATED, SeedStage.TRAINING, SeedStage.BLENDING}
-        case Op.FOSSILIZE:
-            return stage is SeedStage.HOLDING
-        case Op.PRUNE:
-            still = hosts.slots.ramp_done[lane, slot] >= hosts.slots.ramp_total[lane, slot]
-            return stage in live and hosts.slots.age[lane, slot] >= config.prune_age_min and still
-        case Op.SET_ALPHA_TARGET:
-            return False
-
-
-def gated(hosts, lane, op, slot, config):
-    """The permissive gates, literally."""
-    slots = hosts.slots
-    sound = (
-        not slots.exploding[lane, slot] and slots.gradient_health[lane, slot] >= config.gradient_health_min
-    )
-    if op is Op.FOSSILIZE:
-        return not slots.exploding[lane, slot] and np.isfinite(slots.contribution[lane, slot])
-    if op is Op.ADVANCE and slots.stage[lane, slot] == SeedStage.TRAINING:
-        return sound and slots.epochs_in_stage[lane, slot] >= config.training_epochs_min
-    if op is Op.ADVANCE and slots.stage[lane, slot] == SeedStage.BLENDING:
-        return slots.alpha[lane, slot] == 1.0
-    return True
-
-
-@settings(max_examples=12)
-@given(
-    seed=st.integers(0, 1000),
-    mask_gates=st.booleans(),
-    max_seeds=st.sampled_from([None, 1, 2]),
-    epochs=st.integers(1, 25),
-    legal_share=st.sampled_from([0.0, 0.5, 0.9, 1.0]),
-)
-def test_masks_agree_with_rules_and_with_what_steps_accept(seed, mask_gates, max_seeds, epochs, legal_share):
-    config = SMALL.model_copy(update={"mask_gates": mask_gates, "max_seeds": max_seeds})
-    hosts, rng, sizes = fresh(config, seed=seed), np.random.default_rng(seed), np.array(head_sizes(SLOTS))
-    for _ in range(epochs):
-        view = hosts.view()
-        for lane in range(LANES):
-            table = view.mask[lane, LAYOUT.op_slot].reshape(len(Op), SLOTS)
-            for op in Op:
-                for slot in range(SLOTS):
-                    legal = ruled(hosts, lane, op, slot, config)
-                    if mask_gates:
-                        legal = legal and gated(hosts, lane, op, slot, config)
-                    assert bool(table[op, slot]) == legal, (op, slot)
-            assert (view.mask[lane, LAYOUT.op] == table.any(axis=1)).all()
-        actions = rng.integers(0, sizes, (LANES, len(HEADS)))
-        chosen = RandomController().act(view, rng.random((LANES, len(HEADS))))
-        actions = np.where(rng.random((LANES, 1)) < legal_share, chosen, actions)
+@settings(max_examples=50)
+@given(rules=RULES, seed=st.integers(0, 10**6), legal_share=st.sampled_from([0.0, 0.5, 0.9, 1.0]))
+def test_masks_agree_with_the_rules_and_with_what_steps_accept(rules, seed, legal_share):
+    config = CONFIG.model_copy(update=rules)
+    episode = Episode(config, seed=seed)
+    for _ in range(25):
+        legal = episode.legality()
+        packed = masks.pack(legal)
+        for lane, host in enumerate(episode.hosts):
+            table = packed[lane, LAYOUT.op_slot].reshape(len(Op), SLOTS)
+            for op, slot in itertools.product(Op, range(SLOTS)):
+                wanted = host.legal(op, slot) and (not config.mask_gates or host.opens(op, slot))
+                assert bool(table[op, slot]) == wanted, (op, slot)
+            assert (packed[lane, LAYOUT.op] == table.any(axis=1)).all()
+            for head, choices in literal_choices(config, host).items():
+                assert np.flatnonzero(packed[lane, LAYOUT.choices(head)]).tolist() == choices, head
+            assert legal.forced[lane] == (not table[1:].any())
+        actions = episode.random_action(legal_share)
         expected = [
-            promised(view, lane, actions[lane])
-            and gated(hosts, lane, Op(actions[lane, OP]), actions[lane, SLOT], config)
-            for lane in range(LANES)
+            promised(packed[lane], SLOTS, actions[lane])
+            and host.opens(Op(actions[lane, OP]), int(actions[lane, SLOT]))
+            for lane, host in enumerate(episode.hosts)
         ]
-        if mask_gates:
-            assert expected == [promised(view, lane, actions[lane]) for lane in range(LANES)]
-        before = hosts.slots.stage.copy()
-        result = hosts.step(actions)
-        assert result.succeeded.tolist() == expected
-        check_moves(before, hosts.slots, actions, result.succeeded)
+        if config.mask_gates:
+            assert expected == [promised(packed[lane], SLOTS, actions[lane]) for lane in range(len(expected))]
+        assert episode.step(actions).tolist() == expected
 
 
-def check_moves(before, slots, actions, succeeded):
-    """A slot moved by the action it was given, by time, or not at all."""
-    for lane in range(LANES):
-        for slot in range(SLOTS):
-            reachable = {SeedStage(int(before[lane, slot]))}
-            op = Op(actions[lane, OP])
-            if succeeded[lane] and actions[lane, SLOT] == slot and op in EVENTS:
-                reachable = {TRANSITIONS[reachable.pop(), EVENTS[op]]}
-            after = SeedStage(int(slots.stage[lane, slot]))
-            stage = reachable.pop()
-            assert after in {stage, TRANSITIONS.get((stage, Event.EXPIRE))}
-            if after is SeedStage.DORMANT:
-                assert slots.blueprint[lane, slot] == NO_BLUEPRINT
+@settings(max_examples=30)
+@given(rules=RULES, seed=st.integers(0, 10**6), epochs=st.integers(0, 25))
+def test_whatever_is_promised_can_be_done_and_choices_that_do_not_matter_do_not(rules, seed, epochs):
+    """Every legal (operation, slot) with random legal choices; irrelevant heads hold anything, legal or not."""
+    config = CONFIG.model_copy(update=rules | {"mask_gates": True})
+    reached = Episode(config, lanes=1, seed=seed)
+    for _ in range(epochs):
+        reached.step(reached.random_action(1.0))
+    legal = reached.legality()
+    for op, slot in np.argwhere(legal.op_slot[0]).tolist():
+        tables = []
+        for noise in (0, 1):
+            episode = Episode(config, lanes=1, seed=seed)
+            for _ in range(epochs):
+                episode.step(episode.random_action(1.0))
+            chance, other = np.random.default_rng(seed), np.random.default_rng(seed + noise)
+            action = np.array([other.integers(0, size) for size in head_sizes(SLOTS)])
+            action[OP], action[SLOT] = op, slot if op != Op.WAIT else action[SLOT]
+            for head in CHOICE_HEADS:
+                allowed = np.flatnonzero(legal.choices[head][0])
+                choice = chance.choice(allowed)
+                if head in RELEVANT_HEADS[Op(op)]:
+                    action[HEADS.index(head)] = choice
+            assert episode.step(action[None]).all()
+            tables.append(episode.table.state())
+        for name, value in tables[0].items():
+            np.testing.assert_equal(value, tables[1][name], err_msg=name)
 
 
-def give(hosts, **choices):
-    """One step with the same action in every lane; heads by name, the rest plain."""
-    actions = waiting(hosts.view())
-    for head, choice in choices.items():
-        actions[:, HEADS.index(head)] = choice
-    return hosts.step(actions)
+def test_random_episodes_get_everywhere():
+    """The laws above say little if episodes never get to what they speak of."""
+    stages, modes, done, forced = set(), set(), set(), 0
+    for seed in range(6):
+        episode = Episode(CONFIG, seed=seed)
+        for _ in range(40):
+            forced += int(episode.legality().forced.sum())
+            actions = episode.random_action(0.9)
+            before = episode.table.stage[np.arange(3), actions[:, SLOT]]
+            accepted = episode.step(actions)
+            done |= {
+                (SeedStage(int(s)), Op(a))
+                for s, a in zip(before[accepted], actions[accepted, OP], strict=True)
+            }
+            stages |= set(episode.table.stage.ravel().tolist())
+            modes |= set(episode.table.alpha_mode.ravel().tolist())
+    assert stages == {int(stage) for stage in SeedStage}
+    assert modes == {0, 1, 2}
+    assert forced > 0
+    assert {move for move in done if move[1] != Op.WAIT} == {
+        (SeedStage.DORMANT, Op.GERMINATE),
+        (SeedStage.GERMINATED, Op.ADVANCE),
+        (SeedStage.TRAINING, Op.ADVANCE),
+        (SeedStage.BLENDING, Op.ADVANCE),
+        (SeedStage.HOLDING, Op.FOSSILIZE),
+        (SeedStage.BLENDING, Op.SET_ALPHA_TARGET),
+        (SeedStage.HOLDING, Op.SET_ALPHA_TARGET),
+        *((stage, Op.PRUNE) for stage in (SeedStage.GERMINATED, SeedStage.TRAINING)),
+        *((stage, Op.PRUNE) for stage in (SeedStage.BLENDING, SeedStage.HOLDING)),
+    }
 
 
-def grown_to_holding(config, lanes=8):
-    """Hosts with a `conv_light` seed in the last slot, led to HOLDING by actions; and the lanes that got there."""
-    hosts = fresh(config.model_copy(update={"train_batch_size": 32, "train_batches": 8}), lanes=lanes)
-    for op in (Op.GERMINATE, *[Op.ADVANCE] * 2, *[Op.WAIT] * 2, Op.ADVANCE, *[Op.WAIT] * 6):
-        give(hosts, op=op, slot=2)
-    arrived = np.flatnonzero(hosts.slots.stage[:, 2] == SeedStage.HOLDING)
-    assert len(arrived) >= lanes // 2, "hosts of these seeds no longer reach HOLDING"
-    return hosts, arrived
+def op_mask(table, config=CONFIG):
+    """Operations that are legal in the only slot of the only host."""
+    return [Op(op) for op in np.flatnonzero(masks.legality(table, config).op_slot[0, :, 0]).tolist()]
 
 
-def test_a_fossilize_that_happened_is_paid_by_what_the_controller_could_see():
-    hosts, arrived = grown_to_holding(SMALL)
-    contribution, progress = hosts.slots.contribution[:, 2].copy(), hosts.slots.progress[:, 2].copy()
-    worthy = arrived[contribution[arrived] > 0]
-    assert len(worthy)
-    result = give(hosts, op=Op.FOSSILIZE, slot=2)
-    assert result.succeeded[arrived].all()
-    expected = fossil_bonus(contribution, progress, hosts.config.reward)
-    np.testing.assert_allclose(result.reward_parts["fossil_bonus"][arrived], expected[arrived])
-    assert (result.reward_parts["fossil_bonus"][worthy] > 0).all()
-    assert (give(hosts, op=Op.WAIT).reward_parts["fossil_bonus"] == 0).all()
-
-
-def test_a_refused_fossilize_is_not_rewarded_as_done():
-    """The trap: the gate refuses a seed in HOLDING that contributes (gates not masked): no bonus, no potential."""
-    config = SMALL.model_copy(update={"mask_gates": False})
-    (hosts, arrived), (waited, _) = grown_to_holding(config), grown_to_holding(config)
-    for each in (hosts, waited):
-        each.slots.exploding[:] = True
-        each._legal = masks.legality(each.slots, each.config)
-    refused = give(hosts, op=Op.FOSSILIZE, slot=2)
-    plain = give(waited, op=Op.WAIT)
-    assert (hosts.slots.contribution[arrived, 2] > 0).any()
-    assert not refused.succeeded.any()
-    assert (hosts.slots.stage[arrived, 2] == SeedStage.HOLDING).all()
-    assert (refused.reward_parts["fossil_bonus"] == 0).all()
-    for name, part in plain.reward_parts.items():
-        assert (refused.reward_parts[name] == part).all(), name
-
-
-def test_contribution_and_progress_are_differences_of_measured_accuracies():
-    hosts, arrived = grown_to_holding(SMALL)
-    germinated = hosts.slots.accuracy_at_germination[arrived, 2]
-    fresh_accuracy = fresh(hosts.config, lanes=hosts.lanes).accuracy[arrived]
-    np.testing.assert_array_equal(germinated, fresh_accuracy)
-    np.testing.assert_allclose(hosts.slots.progress[arrived, 2], hosts.accuracy[arrived] - germinated)
-    ablate = hosts.slots.stage == SeedStage.HOLDING
-    seeds = seeds_in_validation(hosts.slots.stage, hosts.slots.blueprint, hosts.slots.alpha)
-    without = hosts._validator.measure(seeds, ablate).accuracy_without[arrived, 2]
-    np.testing.assert_allclose(hosts.slots.contribution[arrived, 2], hosts.accuracy[arrived] - without)
-
-
-def test_germinating_into_an_occupied_slot_pays_nothing():
-    hosts = fresh()
-    give(hosts, op=Op.GERMINATE, slot=0)
-    waited = fresh()
-    give(waited, op=Op.GERMINATE, slot=0)
-    refused = give(hosts, op=Op.GERMINATE, slot=0)
-    plain = give(waited, op=Op.WAIT)
-    assert not refused.succeeded.any()
-    for name, part in plain.reward_parts.items():
-        assert (refused.reward_parts[name] == part).all(), name
-
-
-@pytest.mark.parametrize(
-    "choice",
-    [
-        {"blueprint": BLUEPRINTS.index("noop")},
-        {"blueprint": BLUEPRINTS.index("lora")},
-        {"style": Style.LINEAR_MULTIPLY},
-        {"style": Style.GATED_GATE},
-        {"alpha_target": ALPHA_TARGETS.index(0.5)},
-    ],
-)
-def test_a_masked_choice_of_a_relevant_head_refuses_the_action(choice):
-    hosts = fresh()
-    assert not give(hosts, op=Op.GERMINATE, slot=0, **choice).succeeded.any()
-    assert (hosts.slots.stage == SeedStage.DORMANT).all()
-
-
-def test_choices_of_irrelevant_heads_do_not_matter():
-    hosts = fresh()
-    plain = {"alpha_speed": ALPHA_SPEED_EPOCHS.index(8), "alpha_curve": ALPHA_CURVES.index("COSINE")}
-    assert give(hosts, op=Op.GERMINATE, slot=0, **plain).succeeded.all()
-    nonsense = {"blueprint": 0, "style": Style.GATED_GATE, "alpha_target": 0}
-    assert give(hosts, op=Op.ADVANCE, slot=0, **nonsense).succeeded.all()
-
-
-def test_set_alpha_target_is_never_legal():
-    hosts = fresh()
-    for op in (Op.GERMINATE, Op.ADVANCE, Op.ADVANCE, Op.WAIT, Op.WAIT, Op.WAIT, Op.ADVANCE):
-        assert not hosts.view().mask[:, LAYOUT.op][:, Op.SET_ALPHA_TARGET].any()
-        give(hosts, op=op, slot=0)
-
-
-def test_a_pruned_slot_stays_closed_and_comes_back_empty():
-    config = SMALL.model_copy(update={"embargo_epochs": 5})
-    hosts = fresh(config)
-    give(hosts, op=Op.GERMINATE, slot=0)
-    give(hosts, op=Op.ADVANCE, slot=0)
-    assert give(hosts, op=Op.PRUNE, slot=0).succeeded.all()
-    seen = [SeedStage(int(hosts.slots.stage[0, 0]))]
-    start = hosts.bank.slot_offsets[0]
-    end = hosts.bank.slot_offsets[1]
-    assert (
-        hosts.bank.parameters[:, start:end].abs().sum() == hosts.bank.momentum[:, start:end].abs().sum() == 0
-    )
-    for _ in range(6):
-        assert not hosts.view().mask[:, LAYOUT.op][:, Op.GERMINATE].any()
-        give(hosts, op=Op.WAIT)
-        seen.append(SeedStage(int(hosts.slots.stage[0, 0])))
-    assert seen == [SeedStage.EMBARGOED] * 5 + [SeedStage.RESETTING, SeedStage.DORMANT]
-    assert give(hosts, op=Op.GERMINATE, slot=0).succeeded.all()
-
-
-def test_no_embargo_is_no_wait():
-    hosts = fresh(SMALL.model_copy(update={"embargo_epochs": 0, "prune_age_min": 0}))
-    give(hosts, op=Op.GERMINATE, slot=0)
-    give(hosts, op=Op.PRUNE, slot=0)
-    assert (hosts.slots.stage[:, 0] == SeedStage.RESETTING).all()
-
-
-def test_a_whole_life_momentum_kept_at_fossilisation():
-    hosts = fresh(SMALL.model_copy(update={"train_batch_size": 32, "train_batches": 4}), lanes=8)
-    stages = []
-    for op in (Op.GERMINATE, Op.ADVANCE, Op.ADVANCE, Op.WAIT, Op.WAIT, Op.ADVANCE):
-        give(hosts, op=op, slot=2)
-        stages.append(hosts.slots.stage[:, 2].copy())
-    kept = np.flatnonzero(stages[-1] == SeedStage.HOLDING)
-    assert len(kept) >= 4, "hosts of this seed no longer reach HOLDING"
-    lane = kept[0]
-    assert [s[lane] for s in stages] == [2, 3, 4, 4, 4, 6]
-    assert np.isfinite(hosts.slots.contribution[lane, 2])
-    assert hosts.parameters_added[lane] == 152
-    start = hosts.bank.slot_offsets[2]
-    before = hosts.bank.momentum[lane, start : start + 152].clone()
-    actions = waiting(hosts.view())
-    actions[:, OP], actions[:, SLOT] = Op.FOSSILIZE, 2
-    hosts._act(actions, np.arange(8) == lane)
-    assert hosts.slots.stage[lane, 2] == SeedStage.FOSSILIZED
-    assert (hosts.bank.momentum[lane, start : start + 152] == before).all()
-    assert before.abs().sum() > 0
-
-
-def test_a_germinated_seed_computes_nothing():
-    grown, bare = fresh(), fresh()
+def test_while_alpha_comes_down_to_a_prune_nothing_but_waiting_is_legal():
+    table = grown(SeedStage.HOLDING)
+    assert op_mask(table) == [Op.WAIT, Op.SET_ALPHA_TARGET, Op.PRUNE]
+    prune(table, speed=1)
     for _ in range(3):
-        give(grown, op=Op.GERMINATE, slot=0)
-        give(bare, op=Op.WAIT)
-    count = grown.host_spec.parameter_count
-    assert (grown.bank.parameters[:, :count] == bare.bank.parameters[:, :count]).all()
-    assert (grown.accuracy == bare.accuracy).all()
-    assert not BLENDED[grown.slots.stage].any()
-    assert np.isnan(grown.slots.gradient_health).all()
+        assert op_mask(table) == [Op.WAIT]
+        table.tick(CONFIG)
+    assert table.stage[0, 0] == SeedStage.PRUNED
+    assert masks.legality(table, CONFIG).forced.all()
 
 
-def test_a_move_the_table_lacks_is_a_contradiction():
-    table = SlotTable(1, 1)
-    with pytest.raises(InvariantViolation, match="DORMANT was given ADVANCE"):
-        table.advance((np.array([0]), np.array([0])))
+def test_a_partial_target_closes_the_way_on_until_it_is_led_to_1():
+    table = grown(SeedStage.BLENDING, target=0)
+    assert Op.ADVANCE not in op_mask(table)
+    retarget(table, target=FULL)
+    assert Op.ADVANCE in op_mask(table)
+
+
+def test_a_young_seed_is_not_pruned():
+    config, table = CONFIG.model_copy(update={"prune_age_min": 5}), grown(SeedStage.GERMINATED)
+    legal = []
+    for _ in range(6):
+        legal.append(Op.PRUNE in op_mask(table, config))
+        table.tick(config)
+    assert legal == [False] * 5 + [True]
+
+
+def test_max_seeds_counts_the_living_and_the_kept():
+    table = SlotTable(1, 3)
+    table.stage[0] = [SeedStage.FOSSILIZED, SeedStage.HOLDING, SeedStage.DORMANT]
+    for seeds_max, legal in ((None, True), (3, True), (2, False)):
+        config = CONFIG.model_copy(update={"max_seeds": seeds_max})
+        assert masks.legality(table, config).op_slot[0, Op.GERMINATE].tolist() == [False, False, legal]
+
+
+def test_a_blueprint_is_offered_where_every_slot_takes_it():
+    takes = np.zeros((SLOTS, len(BLUEPRINTS)), dtype=np.bool_)
+    takes[:, BLUEPRINTS.index("noop")] = True
+    for name, slots in (("norm", [0, 1, 2]), ("attention", [0, 2]), ("lora", [0, 1, 2])):
+        takes[slots, BLUEPRINTS.index(name)] = True
+    legal = masks.legality(SlotTable(2, SLOTS), EnvironmentConfig(), takes)
+    offered = [BLUEPRINTS[index] for index in np.flatnonzero(legal.choices["blueprint"][1])]
+    assert offered == ["norm"], "attention fits two slots of three, lora is not enabled, noop is none"
+    with pytest.raises(ConfigError, match="fits every slot"):
+        masks.legality(SlotTable(2, SLOTS), EnvironmentConfig(blueprints=("attention",)), takes)
+
+
+def test_noop_is_refused():
+    episode = Episode(CONFIG, lanes=1)
+    action = episode.random_action(0.0) * 0
+    action[0, OP] = Op.GERMINATE
+    assert not episode.step(action).any()
+
+
+@pytest.mark.parametrize("head", PLAIN_OPEN)
+def test_plain_control_leaves_one_way_of_blending_open(head):
+    for table in (SlotTable(1, 1), grown(SeedStage.HOLDING)):
+        legal = masks.legality(table, PLAIN)
+        assert set(np.flatnonzero(legal.choices[head][0])) <= set(PLAIN_OPEN[head])
+        assert not legal.op_slot[0, Op.SET_ALPHA_TARGET].any()
+    assert (
+        np.flatnonzero(masks.legality(SlotTable(1, 1), PLAIN).choices[head][0]).tolist() == PLAIN_OPEN[head]
+    )
 
 
 def test_per_head_masks_offer_some_slot_always():
-    hosts = fresh()
-    give(hosts, op=Op.GERMINATE, slot=1)
-    lane_masks = masks.per_head(hosts.view().mask, SLOTS)[0]
+    table = SlotTable(1, SLOTS)
+    table.stage[0, 1] = SeedStage.GERMINATED
+    lane_masks = masks.per_head(masks.pack(masks.legality(table, CONFIG)), SLOTS)[0]
     assert [len(mask) for mask in lane_masks] == list(head_sizes(SLOTS))
     assert lane_masks[SLOT].tolist() == [0, 1, 0]
     nothing = np.zeros((1, LAYOUT.size), dtype=np.int8)
     assert masks.per_head(nothing, SLOTS)[0][SLOT].tolist() == [1, 1, 1]
+
+
+def test_what_moves_by_itself_is_not_advanced_by_hand():
+    table = grown(SeedStage.GERMINATED)
+    config = CONFIG.model_copy(update={"auto_forward_g1": True})
+    assert op_mask(table) == [Op.WAIT, Op.ADVANCE]
+    assert op_mask(table, config) == [Op.WAIT]
+    table.tick(config)
+    assert table.stage[HERE] == SeedStage.TRAINING

@@ -1,4 +1,4 @@
-"""Tasks and sample orders."""
+"""How samples are split, and the orders in which lanes see them."""
 
 from __future__ import annotations
 
@@ -11,31 +11,7 @@ from esper_simic import seeding
 from esper_simic.errors import ConfigError
 from esper_simic.growing_host.hosts import build_host
 from esper_simic.growing_host.samples import SampleOrders
-from esper_simic.growing_host.tasks import Task, load_task, stratified_split
-
-
-def test_digits():
-    task = load_task("digits")
-    assert load_task("digits") is task
-    assert (task.channels, task.side, task.classes) == (1, 8, 10)
-    assert len(task.train_labels) + len(task.validation_labels) == 1797
-    assert len(task.validation_labels) >= 256
-    assert task.train_images.mean() == pytest.approx(0, abs=1e-4)
-    assert task.train_images.std() == pytest.approx(1, abs=1e-4)
-    with pytest.raises(ValueError, match="read-only"):
-        task.train_images[0] = 0
-
-
-def test_the_first_validation_samples_are_balanced():
-    counts = np.bincount(load_task("digits").validation_labels[:256], minlength=10)
-    assert counts.min() >= 25
-    assert counts.max() <= 26
-
-
-def test_no_validation_image_is_trained_on():
-    task = load_task("digits")
-    trained = {image.tobytes() for image in task.train_images}
-    assert not any(image.tobytes() in trained for image in task.validation_images)
+from esper_simic.growing_host.tasks import Task, in_turns, load_task, split_task, stratified_split
 
 
 @given(st.lists(st.integers(0, 3), min_size=8, max_size=60), st.floats(0.1, 0.9))
@@ -47,13 +23,40 @@ def test_a_split_keeps_each_class_share_and_every_sample(labels, share):
         assert (labels[held_out] == label).sum() == round(share * (labels == label).sum())
 
 
-def test_unknown_names_and_shapes_are_configuration_errors():
-    with pytest.raises(ConfigError, match="unknown task 'cifar'"):
-        load_task("cifar")
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=6))
+def test_groups_taken_in_turns_are_even_in_every_prefix(sizes):
+    groups = [10 * which + np.arange(size) for which, size in enumerate(sizes)]
+    taken = in_turns(groups)
+    assert sorted(taken) == sorted(np.concatenate(groups))
+    for length in range(len(taken) + 1):
+        counts = np.bincount(taken[:length] // 10, minlength=len(sizes))
+        assert all(
+            count in {counts.max(), counts.max() - 1, size} for count, size in zip(counts, sizes, strict=True)
+        )
+
+
+def test_features_are_scaled_by_the_training_samples_alone():
+    rng = np.random.default_rng(3)
+    inputs = rng.normal(size=(40, 2, 1, 1)) * [[[5]], [[0.1]]] + [[[7]], [[-2]]]
+    labels = np.arange(40) % 2
+    task = split_task("odd", "vector", inputs, labels, axes=0)
+    train, held_out = stratified_split(labels, 0.25, seeding.generator("task", "odd", "split"))
+    for feature in range(2):
+        mean, deviation = inputs[train, feature].mean(), inputs[train, feature].std()
+        for samples, indices in ((task.train_inputs, train), (task.validation_inputs, held_out)):
+            expected = (inputs[indices, feature, 0, 0] - mean) / deviation
+            assert samples[:, feature, 0, 0] == pytest.approx(expected, rel=1e-6)
+    assert task.train_inputs.dtype == np.float32
+    assert (task.validation_labels == labels[held_out]).all()
+    assert split_task("other", "vector", inputs, labels, axes=0, stream="odd").digest == task.digest
+    assert split_task("other", "vector", inputs, labels, axes=0).digest != task.digest
+
+
+def test_unknown_hosts_and_shapes_are_configuration_errors():
     with pytest.raises(ConfigError, match="unknown host 'giant'"):
         build_host("giant", load_task("digits"))
     images, labels = np.zeros((2, 1, 6, 6), np.float32), np.zeros(2, np.int64)
-    odd = Task("odd", 10, images, labels, images, labels)
+    odd = Task("odd", 10, "image", images, labels, images, labels)
     with pytest.raises(ConfigError, match="that 8 divides"):
         build_host("rescue", odd)
 
