@@ -240,8 +240,12 @@ def test_a_hung_child_tells_where_it_stands_before_it_is_killed(stage: Stage) ->
     stage.start(ACTOR)
     stage.ready(ACTOR)
     stacks = stacks_path(stage.run_dir, ACTOR)
-    stage.placement.dump_stacks(ACTOR)
-    stage.until(lambda: "wait_for_nobody" in stacks.read_text())
+
+    def tells() -> bool:  # READY is said a moment before it comes there
+        stage.placement.dump_stacks(ACTOR)
+        return "wait_for_nobody" in stacks.read_text()
+
+    stage.until(tells)
     stage.placement.kill(ACTOR)
     assert stage.gone(ACTOR).reason is ExitReason.SIGNAL
 

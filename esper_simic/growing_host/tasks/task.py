@@ -75,18 +75,3 @@ class Task:
             digest.update(f"\n{field} {array.dtype.name} {array.shape}\n".encode())
             digest.update(np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<")).data)
         return digest.hexdigest()
-
-    @property
-    def train_images(self) -> NDArray[Any]:
-        """`train_inputs`, by the name it had."""
-        return self.train_inputs
-
-    @property
-    def validation_images(self) -> NDArray[Any]:
-        """`validation_inputs`, by the name it had."""
-        return self.validation_inputs
-
-    @property
-    def side(self) -> int:
-        """`height`, by the name it had."""
-        return self.height
