@@ -9,7 +9,8 @@ as much; `--asynchronous` measures those.
 The CPU time of all processes is read by the learner itself at two of its updates, so imports, start and end do not
 count. Writing back dirty pages is the kernel's own work and is not in it. Intervals are of the paired figures.
 
-Beside it a synthetic stream through the journal alone, at 100 MB/s, in records of 100 KB.
+Beside it, through the journal alone: the records that such a run writes, at its pace, and a synthetic stream at
+100 MB/s in records of 100 KB.
 """
 
 from __future__ import annotations
@@ -49,6 +50,12 @@ MEASURED: Final = "measured.json"
 STREAM_BYTES_PER_S: Final = 100e6
 STREAM_RECORD_BYTES: Final = 100_000
 STREAM_S: Final = 10.0
+
+UNROLL_BYTES: Final = 310_000
+UNROLLS_PER_S: Final = 3
+UPDATES_PER_S: Final = 9
+RECORDS_S: Final = 20.0
+"""What a learner of the digits preset writes in a second, and for how long it is written here."""
 
 
 class Measured(msgspec.Struct, frozen=True, kw_only=True):
@@ -274,8 +281,38 @@ def stream() -> None:
     )
 
 
+def records() -> None:
+    """The cost of what a run of the digits preset writes, at its pace, apart from the run."""
+    frame = os.urandom(UNROLL_BYTES)
+    cost = {}
+    for name in ("real", "null"):
+        with tempfile.TemporaryDirectory(prefix="simic-bench-") as scratch:
+            maker: Any = Journal if name == "real" else NullJournal
+            with maker(Path(scratch) / "j", owner="bench", run_id="bench") as journal:
+                began_s, cpu_s = time.monotonic(), time.process_time()
+                for update in range(round(RECORDS_S * UPDATES_PER_S)):
+                    if update % (UPDATES_PER_S // UNROLLS_PER_S) == 0:
+                        journal.append("ExperienceAdmitted", {"episodes": [{"x": 1.0}] * 8}, [frame])
+                    journal.append("LearnerStepped", {"metrics": {f"m{i}": float(i) for i in range(25)}})
+                    time.sleep(max(0.0, began_s + (update + 1) / UPDATES_PER_S - time.monotonic()))
+                    journal.poll_durable()
+                journal.sync()
+                cost[name] = 1e3 * (time.process_time() - cpu_s) / (time.monotonic() - began_s)
+    emit(
+        "journaling_records",
+        {
+            "cpu_ms_per_s": round(cost["real"], 2),
+            "null_cpu_ms_per_s": round(cost["null"], 2),
+            "percent_of_two_cores": round((cost["real"] - cost["null"]) / 20, 3),
+        },
+        unrolls_per_s=UNROLLS_PER_S,
+        unroll_bytes=UNROLL_BYTES,
+        updates_per_s=UPDATES_PER_S,
+    )
+
+
 def main() -> None:
-    """Both measurements, a line each."""
+    """All measurements, a line each."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--updates", type=int, default=160, help="learner updates measured in one run")
@@ -287,7 +324,10 @@ def main() -> None:
     if options.one:
         one_run(options.one, options.updates, options.seed, is_asynchronous=options.asynchronous)
         return
+    records()
     stream()
+    if not options.pairs:
+        return
     pairs(options.pairs, options.updates, is_asynchronous=options.asynchronous)
 
 
