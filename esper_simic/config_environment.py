@@ -8,24 +8,12 @@ from typing import Any, Final, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
+from esper_simic.actions import BLUEPRINTS
 from esper_simic.config_rewards import RewardConfig
 from esper_simic.config_section import Section, distinct_known
 
-BLUEPRINT_NAMES: Final = (
-    "conv_light",
-    "attention",
-    "norm",
-    "depthwise",
-    "bottleneck",
-    "conv_small",
-    "conv_heavy",
-    "lora",
-    "lora_large",
-    "mlp_small",
-    "mlp",
-    "flex_attention",
-)
-"""The blueprints that can be grafted (all keep the shape of their input), in the order of `actions.BLUEPRINTS`."""
+BLUEPRINT_NAMES: Final = BLUEPRINTS[1:]
+"""The blueprints that can be grafted (all keep the shape of their input): every action value but `noop`."""
 
 DEFAULT_BLUEPRINTS: Final = ("norm", "attention", "depthwise", "conv_light", "conv_heavy")
 """The blueprints offered where the configuration names none."""
