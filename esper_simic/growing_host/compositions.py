@@ -259,22 +259,21 @@ def gate(parameters: Tensor, x: Tensor, kind: Kind = "image") -> Tensor:
     return torch.sigmoid(logit).view(rows, 1, 1, -1, samples)
 
 
-def compose(host: Tensor, joins: Joins | Sequence[Join], grown: Sequence[Grown]) -> Tensor:
+def compose(host: Tensor, joins: Joins, grown: Sequence[Grown]) -> Tensor:
     """Let the seeds of a slot join their hosts; the module's formulas.
 
     Args:
         host: `[R, C, H, W, B]` features of all rows.
-        joins: How the seeds join; prepared once where they serve for many batches.
+        joins: How the seeds join.
         grown: What the seeds have computed, join by join.
 
     Returns:
         `[R, C, H, W, B]`; rows without a seed are untouched.
 
     Raises:
-        InvariantViolation: A join of all rows beside others, or gates where there should be none, or the reverse.
+        InvariantViolation: Gates where there should be none, or the reverse.
     """
-    prepared = joins if isinstance(joins, Joins) else Joins.of(joins)
-    ways = prepared.single
+    ways = joins.single
     if not ways:
         return host
     for way, each in zip(ways, grown, strict=True):
@@ -283,9 +282,9 @@ def compose(host: Tensor, joins: Joins | Sequence[Join], grown: Sequence[Grown])
             raise InvariantViolation(
                 f"seeds are blended by {way.composition.name} {'without' if gated else 'with'} gates"
             )
-    if len(prepared.merged) < len(ways) and host.numel() <= MERGED_ELEMENTS_MAX:
-        ways = prepared.merged
-        grown = [_together(grown[first:last]) for first, last in prepared.members]
+    if len(joins.merged) < len(ways) and host.numel() <= MERGED_ELEMENTS_MAX:
+        ways = joins.merged
+        grown = [_together(grown[first:last]) for first, last in joins.members]
     tensors = [tensor for each in grown for tensor in (each.seeds, each.gates)]
     out: Tensor = _Compose.apply(host, ways, *tensors)
     return out

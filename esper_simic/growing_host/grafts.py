@@ -18,7 +18,7 @@ from torch import Tensor
 from esper_simic.actions import BLUEPRINTS
 from esper_simic.growing_host.alpha import Composition
 from esper_simic.growing_host.blueprints import Blueprint, Kind, blueprint
-from esper_simic.growing_host.compositions import Grown, Join, compose, grow, seed_parameter_count
+from esper_simic.growing_host.compositions import Grown, Join, Joins, compose, grow, seed_parameter_count
 from esper_simic.growing_host.hosts import HostSpec
 from esper_simic.lifecycle import BLENDED, COMPUTING, Bools, Floats, Integers, SeedStage
 
@@ -133,10 +133,11 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class GraftPlan:
-    """All groups of one slot."""
+    """All groups of one slot, and how they join their hosts: prepared once for all batches of a pass."""
 
     slot: int
     groups: tuple[Group, ...]
+    joins: Joins
 
     def graft(self, parameters: list[Tensor], x: Tensor) -> Tensor:
         """Let the seeds join the features of their rows.
@@ -149,7 +150,7 @@ class GraftPlan:
             `[R, C, H, W, B]`; rows without a seed are untouched.
         """
         grown = [group.grown(rows, x) for group, rows in zip(self.groups, parameters, strict=True)]
-        return compose(x, [group.join for group in self.groups], grown)
+        return compose(x, self.joins, grown)
 
 
 def plan_graft(
@@ -195,7 +196,7 @@ def plan_graft(
         attached = _one_or_each(~isolated & spec.seeds_adapt_host, like)
         found = blueprint(BLUEPRINTS[name])
         groups.append(Group(found, bool(frozen), join, _tensor(lanes, like), attached, spec.kind))
-    return GraftPlan(slot, tuple(groups))
+    return GraftPlan(slot, tuple(groups), Joins.of([group.join for group in groups]))
 
 
 def _one_or_each(values: Bools, like: Tensor) -> Tensor | bool:

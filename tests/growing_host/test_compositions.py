@@ -175,13 +175,11 @@ def merging(request, monkeypatch):
 
 
 @pytest.mark.usefixtures("merging")
-@pytest.mark.parametrize("prepared", [False, True])
 @pytest.mark.parametrize("per_position", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-def test_joins_are_their_formulas(layout, per_position, prepared):
+def test_joins_are_their_formulas(layout, per_position):
     scene = Scene(layout, per_position=per_position)
-    joins = Joins.of(scene.joins) if prepared else scene.joins
-    ours, expected = compose(scene.host, joins, scene.grown), scene.expected()
+    ours, expected = compose(scene.host, Joins.of(scene.joins), scene.grown), scene.expected()
     torch.testing.assert_close(ours, expected, atol=1e-10, rtol=0)
     weights = random(*ours.shape, seed=99)
     got = torch.autograd.grad((ours * weights).sum(), scene.leaves(), allow_unused=True)
@@ -206,14 +204,16 @@ def test_seeds_that_do_not_learn_need_no_gradient():
             for each in scene.grown
         ]
         weights = random(*scene.host.shape, seed=5)
-        got = torch.autograd.grad((compose(scene.host, scene.joins, still) * weights).sum(), scene.host)
+        got = torch.autograd.grad(
+            (compose(scene.host, Joins.of(scene.joins), still) * weights).sum(), scene.host
+        )
         wanted = torch.autograd.grad((scene.expected() * weights).sum(), scene.host)
         torch.testing.assert_close(got, wanted, atol=1e-10, rtol=0)
 
 
 def test_a_slot_without_seeds_is_its_host():
     host = random(2, 1, 1, 1, 1)
-    assert compose(host, (), ()) is host
+    assert compose(host, Joins.of(()), ()) is host
 
 
 def test_the_host_is_not_overwritten():
@@ -223,7 +223,10 @@ def test_the_host_is_not_overwritten():
         weights = random(*scene.host.shape, seed=5)
         kept = bits(weights)
         torch.autograd.grad(
-            compose(scene.host, scene.joins, scene.grown), scene.leaves(), weights, allow_unused=True
+            compose(scene.host, Joins.of(scene.joins), scene.grown),
+            scene.leaves(),
+            weights,
+            allow_unused=True,
         )
         assert (bits(scene.host), [bits(each.seeds) for each in scene.grown], bits(weights)) == (
             before,
@@ -235,15 +238,15 @@ def test_the_host_is_not_overwritten():
 def test_a_join_of_all_rows_stands_alone():
     scene = Scene([(ADD, None, [0.5] * 5, False), (ADD, [1], [0.5], False)])
     with pytest.raises(InvariantViolation, match="all rows beside 1 others"):
-        compose(scene.host, scene.joins, scene.grown)
+        compose(scene.host, Joins.of(scene.joins), scene.grown)
 
 
 def test_gates_belong_to_the_composition_gate():
     gated, added = Scene([(GATE, [1], [0.5], False)]), Scene([(ADD, [1], [0.5], False)])
     with pytest.raises(InvariantViolation, match="by GATE without gates"):
-        compose(gated.host, gated.joins, added.grown)
+        compose(gated.host, Joins.of(gated.joins), added.grown)
     with pytest.raises(InvariantViolation, match="by ADD with gates"):
-        compose(added.host, added.joins, gated.grown)
+        compose(added.host, Joins.of(added.joins), gated.grown)
 
 
 # ---- laws to the bit ---------------------------------------------------------------------------------------
@@ -295,7 +298,7 @@ def test_a_seed_in_isolation_touches_no_bit_of_its_host_and_gets_every_bit_of_th
     host, gradient, joins, grown, alone, untouched = scene
     leaves = [host.requires_grad_(), *(each.seeds.requires_grad_() for each in grown)]
     gates = [each.gates.requires_grad_() for each in grown if each.gates is not None]
-    out = compose(host, joins, grown)
+    out = compose(host, Joins.of(joins), grown)
     g_host, *others = torch.autograd.grad(out, [*leaves, *gates], gradient, allow_unused=True)
     for row in [*untouched, *(row for each in alone for _, row in each)]:
         assert bits(out[row]) == bits(host[row])
@@ -312,7 +315,7 @@ def test_a_seed_in_isolation_touches_no_bit_of_its_host_and_gets_every_bit_of_th
 @given(seed=st.integers(0, 999))
 def test_at_alpha_zero_a_blended_seed_changes_no_number(composition, seed):
     scene = Scene([(composition, [2, 0], [0.0, 0.0], False)], seed=seed)
-    assert torch.equal(compose(scene.host, scene.joins, scene.grown), scene.host)
+    assert torch.equal(compose(scene.host, Joins.of(scene.joins), scene.grown), scene.host)
 
 
 @pytest.mark.parametrize(("name", "kind"), FORMS)
@@ -323,7 +326,7 @@ def test_a_multiplied_seed_starts_as_the_identity_whatever_alpha(name, kind, alp
     row = torch.from_numpy(initial_seed(found, MULTIPLY, 8, rng, kind)).float()[None]
     host = random(1, 8, *SHAPES[kind], 4, seed=seed, dtype=torch.float32)
     grown = grow(found, MULTIPLY, row, host, kind)
-    out = compose(host, [Join(MULTIPLY, None, torch.tensor([alpha]))], [grown])
+    out = compose(host, Joins.of([Join(MULTIPLY, None, torch.tensor([alpha]))]), [grown])
     assert bits(out) == bits(host)
 
 
@@ -338,7 +341,9 @@ def test_every_blueprint_in_every_composition_is_the_formula(name, kind, composi
     ).requires_grad_()
     host = random(2, channels, *SHAPES[kind], 3).requires_grad_()
     alpha = torch.tensor([0.3, 0.8], dtype=torch.float64)
-    ours = compose(host, [Join(composition, None, alpha)], [grow(found, composition, rows, host, kind)])
+    ours = compose(
+        host, Joins.of([Join(composition, None, alpha)]), [grow(found, composition, rows, host, kind)]
+    )
     weights = random(*ours.shape, seed=8)
     g_rows, g_host = torch.autograd.grad((ours * weights).sum(), [rows, host])
     own_count = found.parameter_count(channels, kind)
@@ -382,7 +387,7 @@ def test_an_isolated_gated_seed_trains_the_blueprint_but_not_its_gate():
     host = random(1, 4, 3, 3, 2)
     grown = grow(found, GATE, row, host, isolated=True)
     assert grown.gates is None
-    out = compose(host, [Join(GATE, None, torch.zeros(1, dtype=torch.float64), True)], [grown])
+    out = compose(host, Joins.of([Join(GATE, None, torch.zeros(1, dtype=torch.float64), True)]), [grown])
     (gradient,) = torch.autograd.grad(out, row, random(*out.shape, seed=3))
     assert float(gradient[:, : found.parameter_count(4)].norm()) > 0.1
     assert not gradient[:, found.parameter_count(4) :].any()
