@@ -18,6 +18,7 @@ first blocks. A rate is the best of several rounds, since other work on the mach
 from __future__ import annotations
 
 import argparse
+import math
 import multiprocessing
 import os
 import time
@@ -27,6 +28,7 @@ from typing import Any, Final
 
 import numpy as np
 import torch
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -41,6 +43,8 @@ CASES: Final = (("digits", "rescue"), ("digits", "augment"), ("digits32", "rescu
 LANES: Final = (1, 4, 16, 64)
 SEEDS: Final = (0, 1, 3)
 TRAIN_BATCHES, BATCH, VALIDATION_BATCHES = 11, 128, 3
+PARALLEL_LANES: Final = 16
+PROFILE_ROWS: Final = 12
 ROUNDS: Final = 4
 ROUND_S: Final = 0.7
 CORES: Final = len(os.sched_getaffinity(0))
@@ -125,10 +129,27 @@ class Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return out
 
 
+def _convolution_operations(x: Any, weight: Any, *_: Any, out_shape: Any, **__: Any) -> int:
+    """Two operations for each output and each of the inputs it reads, those of its own group."""
+    return int(2 * math.prod(out_shape) * math.prod(weight[1:]))
+
+
+def _convolution_backward_operations(
+    gradient: Any, x: Any, weight: Any, *rest: Any, out_shape: Any, **__: Any
+) -> int:
+    """As many for the gradient of the input and of the weight; torch's own count forgets groups there."""
+    wanted = rest[-1]
+    return int(2 * math.prod(gradient) * math.prod(weight[1:])) * sum(map(bool, wanted[:2]))
+
+
 def arithmetic_and_bytes(case: Case) -> tuple[float, float]:
     """Floating-point operations and bytes moved in one environment step."""
     hosts = case.prepared()
-    with FlopCounterMode(display=False) as flops:
+    counted = {
+        torch.ops.aten.convolution: _convolution_operations,
+        torch.ops.aten.convolution_backward: _convolution_backward_operations,
+    }
+    with FlopCounterMode(display=False, custom_mapping=counted) as flops:
         step(hosts)
     with Traffic() as traffic:
         step(hosts)
@@ -214,10 +235,29 @@ def measure(case: Case, alone: float | None, machine: tuple[float, float], *, pa
     return rate
 
 
+def print_profile(case: Case) -> None:
+    """Where a step's time goes: operations by their own share of it, and calls a step."""
+    hosts, steps = case.prepared(), 3
+    with profile(activities=[ProfilerActivity.CPU]) as recorded:
+        for _ in range(steps):
+            step(hosts)
+    rows = sorted(recorded.key_averages(), key=lambda row: row.self_cpu_time_total, reverse=True)
+    whole_us = sum(row.self_cpu_time_total for row in rows)
+    step_ms = whole_us / steps / 1e3
+    print(f"{case.task} {case.host}, {case.lanes} environments, {case.seeds} seeds: {step_ms:.0f} ms a step")
+    for row in rows[:PROFILE_ROWS]:
+        share = 100 * row.self_cpu_time_total / whole_us
+        print(f"  {share:5.1f} %  {row.count // steps:6d} calls  {row.key}")
+
+
 def main() -> None:
     """Measure every case, or those of one host; 16 environments also on all cores."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--case", action="append", help="TASK/HOST, such as digits/rescue; all by default")
+    parser.add_argument("--lanes", action="append", type=int, help="environments; 1, 4, 16 and 64 by default")
+    parser.add_argument(
+        "--profile", action="store_true", help="where the time of 16 environments goes, as text"
+    )
     options, _ = parser.parse_known_args()
     torch.set_num_threads(1)
     machine = limits()
@@ -226,9 +266,12 @@ def main() -> None:
             continue
         for seeds in SEEDS:
             alone = None
-            for lanes in LANES:
+            if options.profile:
+                print_profile(Case(task, host, PARALLEL_LANES, seeds))
+                continue
+            for lanes in options.lanes or LANES:
                 case = Case(task, host, lanes, seeds)
-                rate = measure(case, alone, machine, parallel=lanes == 16)
+                rate = measure(case, alone, machine, parallel=lanes == PARALLEL_LANES)
                 alone = rate if alone is None else alone
 
 

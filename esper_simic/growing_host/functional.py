@@ -57,19 +57,23 @@ class _GroupNorm(Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None, None]:
         z, inverse, scale, out = ctx.saved_tensors
         rows, channels = scale.shape
+        groups, count, samples = z.shape[1:]
         g = gradient.reshape(rows, channels, -1)
         if out is not None:
             g = torch.ops.aten.threshold_backward(g, out, 0)
-        g_shift = g.sum(2)
-        g_scale = torch.linalg.vecdot(g, z.view(rows, channels, -1))
+        g_z = g * z.view(rows, channels, -1)
+        g_shift, g_scale = g.sum(2), g_z.sum(2)
         g_x = None
         if ctx.needs_input_grad[0]:
-            g_z = (g * scale.unsqueeze(2)).view(z.shape)
-            # d/dx = (g_z - mean(g_z) - z mean(g_z z)) / deviation, means over what shares statistics.
-            correlation = (g_z * z).mean(2, keepdim=True)
-            g_x = g_z - g_z.mean(2, keepdim=True)
-            g_x -= z * correlation
-            g_x *= inverse
+            # d/dx = (s g - mean(s g) - z mean(s g z)) / deviation with the scale s, means over what shares statistics:
+            # weighted sums, and so products that read their input once.
+            weights = (scale / count).repeat_interleave(groups * count // channels, 1)
+            weights = weights.view(rows * groups, 1, count)
+            mean, correlation = (
+                torch.bmm(weights, each.view(-1, count, samples)).view(inverse.shape) for each in (g, g_z)
+            )
+            g_x = torch.mul(g, scale.unsqueeze(2), out=g_z).view(z.shape)
+            g_x.addcmul_(z, correlation, value=-1).sub_(mean).mul_(inverse)
             g_x = g_x.view(gradient.shape)
         return g_x, g_scale, g_shift, None, None
 
