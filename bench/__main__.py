@@ -15,7 +15,7 @@ from pathlib import Path
 from bench.report import RECORD_VARIABLE
 
 HERE = Path(__file__).parent
-NOT_BENCHMARKS = {"__init__", "__main__", "report"}
+NOT_BENCHMARKS = {"__init__", "__main__", "compare_runs", "comparison_tables", "report"}
 
 
 def names() -> list[str]:

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib.metadata import entry_points
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, get_args
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from esper_simic.actions import BLUEPRINTS
 from esper_simic.config_rewards import RewardConfig
 from esper_simic.config_section import Section, distinct_known
+
+Kind = Literal["image", "series", "vector", "tokens"]
+"""What the samples of a task are, and the features of a host that takes them: pixels `H x W`; a series along W (H = 1);
+one vector; a text along W (H = 1), read causally. It decides which hosts and blueprints fit a task."""
+
+KINDS: Final[tuple[Kind, ...]] = get_args(Kind)
 
 BLUEPRINT_NAMES: Final = BLUEPRINTS[1:]
 """The blueprints that can be grafted (all keep the shape of their input): every action value but `noop`."""
@@ -159,6 +165,13 @@ class EnvironmentConfig(Section):
         ge=0,
         lt=1,
         description="Weight of the past in the averaged ratio of a seed's gradients to the host's.",
+    )
+    contribution_velocity_ema: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Weight of the past in the averaged change of a seed's contribution, which controllers see; "
+        "0: the last change alone.",
     )
     gradient_ratio_min: float = Field(
         0.10, ge=0, description="That ratio, size-normalised, which strict G2 asks for."

@@ -38,6 +38,7 @@ from supervisor.cli_common import (
     fail,
 )
 from supervisor.clock import SystemClock
+from supervisor.events import FIXED, LEARNED
 from supervisor.loop import RunFacts
 from supervisor.outcome import past_of
 from supervisor.resume import RESTART_BEHAVIORS, RestartBehavior, check_resumable, prepare
@@ -58,8 +59,18 @@ STATUS_CODE: Final = {
 GATE_CODE: Final = STATUS_CODE | {status.Health.STARTING: FAILED, status.Health.STOPPING: FAILED}
 """`status` informs; `is-healthy` is a gate, which a run that has not begun or is ending does not pass."""
 
-EVALUATED: Final = (view.LEARNED, "heuristic", "patient", "random", "never-grow")
-"""Policies measured at the end of a run, in the order of the table; the learned one, the dearest, begins first."""
+EVALUATED: Final = (
+    LEARNED,
+    FIXED,
+    "heuristic",
+    "patient",
+    "fixed-schedule",
+    "farm",
+    "random",
+    "never-grow",
+)
+"""Policies measured at the end of a run, in the order of the table. The two dearest begin first: whoever trains the
+networks that the learned policy grew has to grow them again."""
 
 DEFAULT_PRESET: Final = "digits"
 
@@ -167,7 +178,11 @@ def run(
         display.close()
     again = f"run --preset {begun_with} --seed {config.simic_trainer.seed + 1}"
     again += f" --config {shlex.quote(str(file))}" if file else ""
-    view.report(console, directory, outcome, EVALUATED, again)
+    if outcome.evaluations:
+        from supervisor.results import show_results  # brings numpy and scipy
+
+        show_results(console, outcome.evaluations, config.simic_trainer.seed, EVALUATED)
+    view.report(console, directory, outcome, again)
     raise typer.Exit(outcome.exit_code)
 
 
@@ -263,7 +278,11 @@ def show_status(
         console = Console()
         view.show(console, view.status_page(snapshot))
         if health is status.Health.ENDED and snapshot.evaluated:
-            view.show_results(console, status.state_of(directory).evaluations, EVALUATED)
+            from supervisor.results import show_results  # brings numpy and scipy
+            from supervisor.standings import run_seed_of
+
+            state = status.state_of(directory)
+            show_results(console, state.evaluations, run_seed_of(state.started), EVALUATED)
     raise typer.Exit(STATUS_CODE[health])
 
 

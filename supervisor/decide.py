@@ -250,6 +250,7 @@ def _said_ready(state: RunState, observed: ChildSaidReady, now_s: float) -> Even
         incarnation=who.incarnation,
         learner_step=observed.learner_step,
         environment_steps=observed.environment_steps,
+        data_digest=observed.data_digest,
     )
     return (*started, ready)
 

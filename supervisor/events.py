@@ -29,6 +29,12 @@ Outcome = Literal["finished", "stopped", "failed"]
 
 GoesOn = Literal["training", "checkpoint", "evaluation"]
 
+LEARNED: Final = "learned"
+"""The policy that a run trained; the others that are measured are its rivals."""
+
+FIXED: Final = "fixed-network"
+"""The networks that the learned policy grew, trained whole from the start: measured beside the rivals; nobody acts."""
+
 
 class ExitReason(StrEnum):
     """Why a child is gone, as far as the evidence goes."""
@@ -119,10 +125,15 @@ class ChildStarted(ChildEvent, frozen=True, kw_only=True):
 
 
 class ChildReady(ChildEvent, frozen=True, kw_only=True):
-    """The child spoke: imports done, sockets open. A learner has recovered, and stands at these counts."""
+    """The child spoke: imports done, sockets open. A learner has recovered, and stands at these counts.
+
+    `data_digest` is the digest of the task on whose data an actor or evaluator grows hosts; empty for a learner, and in
+    journals of before there was one.
+    """
 
     learner_step: int = 0
     environment_steps: int = 0
+    data_digest: str = ""
 
 
 class ChildStopRequested(ChildEvent, frozen=True, kw_only=True):
@@ -198,7 +209,8 @@ class EvaluationAssigned(ChildEvent, frozen=True, kw_only=True):
 class PolicyEvaluated(Event, frozen=True, kw_only=True):
     """One policy was measured; the lists have one entry an episode.
 
-    `summary` holds what the evaluating role computed from them, such as means and the ends of their intervals.
+    `returns` is empty where nobody acted. `summary` holds what the evaluating role computed from them, such as means
+    and the ends of their intervals.
     """
 
     policy: str
@@ -331,6 +343,7 @@ class ChildSaidReady(Input, frozen=True, kw_only=True):
     pid: int
     learner_step: int = 0
     environment_steps: int = 0
+    data_digest: str = ""
 
 
 class ChildGone(Input, frozen=True, kw_only=True):

@@ -367,7 +367,15 @@ class Supervisor:
 
     def _hear_ready(self, who: ChildId, message: Ready) -> None:
         step, steps = message.learner_step, message.environment_steps
-        self._take(ChildSaidReady(child=who, pid=message.pid, learner_step=step, environment_steps=steps))
+        self._take(
+            ChildSaidReady(
+                child=who,
+                pid=message.pid,
+                learner_step=step,
+                environment_steps=steps,
+                data_digest=message.data_digest,
+            )
+        )
         if who.role == "learner" and who in self._state.live:
             self._vitals.learner_stands_at(step, steps)
 

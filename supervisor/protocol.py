@@ -39,11 +39,15 @@ class FromChild(Message, frozen=True, kw_only=True):
 
 
 class Ready(FromChild, frozen=True, kw_only=True):
-    """Imports are done and sockets are open; a learner has recovered, and says where it stands."""
+    """Imports are done and sockets are open; a learner has recovered, and says where it stands.
+
+    Who grows hosts says on which data: `data_digest` is that of the task. It is empty for a learner, which needs none.
+    """
 
     pid: int
     learner_step: int = 0
     environment_steps: int = 0
+    data_digest: str = ""
 
 
 class Progress(FromChild, frozen=True, kw_only=True):

@@ -7,6 +7,7 @@ run has failed and says what the last ones died of.
 Two kinds of deaths count however far apart they are, because a life may well last longer than the window and come to
 nothing: those of lives that never became ready, and those while the run stops, where a learner has one thing left to
 do. A child that ends with status 78 asks for a person: it would end so again, and the run ends with it.
+So does one that grows hosts on other data than the run began with.
 """
 
 from __future__ import annotations
@@ -48,6 +49,12 @@ def needs_a_person(state: RunState, now_s: float) -> tuple[AnyEvent, ...]:
     """Fail the run, if it has not failed yet, because a child found what only a person can mend."""
     if state.failure:
         return ()
+    if state.other_data:
+        reason = (
+            f"the data of environment.task are not those of this run (digests: {state.other_data}); put them back, or "
+            f"begin a new run with --restart-behavior restart"
+        )
+        return (RunFailed(at_s=now_s, reason=reason, exit_code=78),)
     for who, child in sorted(state.children.items()):
         if child.exit_reason is ExitReason.CONFIGURATION:
             return (RunFailed(at_s=now_s, reason=f"{who.name} cannot go on: {why(child)}", exit_code=78),)

@@ -114,7 +114,8 @@ class RunState(msgspec.Struct, frozen=True, kw_only=True):
     `incarnations` are the newest lives there ever were, `incarnations_before` those when this supervisor took over.
     `fruitless` counts the lives of a child in a row that ended before they were ready. `updates_before` and
     `steps_before` (of environments) are what the learner had done when it first became ready under this supervisor,
-    `learner_step` where it stood when it last did.
+    `learner_step` where it stood when it last did. `data_digest` is that of the data on which the first child of the
+    run grew hosts, `other_data` says who came later with other data.
     """
 
     phase: Phase = Phase.EMPTY
@@ -135,6 +136,8 @@ class RunState(msgspec.Struct, frozen=True, kw_only=True):
     updates_before: int | None = None
     steps_before: int | None = None
     learner_step: int = 0
+    data_digest: str = ""
+    other_data: str = ""
     checkpoint: CheckpointReported | None = None
     evaluations: dict[str, PolicyEvaluated] = {}
     evaluated: bool = False
@@ -234,8 +237,8 @@ def _apply_to_child(state: RunState, event: ChildEvent) -> RunState:
         return _scheduled(state, event)
     child = state.children.get(who, Child(status=Status.SCHEDULED, since_s=event.at_s))
     children = {**state.children, who: _next_child(child, event)}
-    if isinstance(event, ChildReady) and event.role == "learner":
-        state = _stands(state, event)
+    if isinstance(event, ChildReady):
+        state = _stands(state, event) if event.role == "learner" else _grows_on(state, event)
     return msgspec.structs.replace(state, children=children, fruitless=_fruitless(state, child, event))
 
 
@@ -246,6 +249,18 @@ def _stands(state: RunState, ready: ChildReady) -> RunState:
             state, updates_before=ready.learner_step, steps_before=ready.environment_steps
         )
     return msgspec.structs.replace(state, learner_step=ready.learner_step)
+
+
+def _grows_on(state: RunState, ready: ChildReady) -> RunState:
+    """On which data hosts are grown: the first digest is the run's."""
+    if ready.data_digest in ("", state.data_digest):
+        return state
+    if not state.data_digest:
+        return msgspec.structs.replace(state, data_digest=ready.data_digest)
+    found, known = ready.data_digest[:16], state.data_digest[:16]
+    return msgspec.structs.replace(
+        state, other_data=f"{ready.child.name} found {found}, the run began with {known}"
+    )
 
 
 def _fruitless(state: RunState, child: Child, event: ChildEvent) -> dict[tuple[Role, int], int]:
@@ -325,6 +340,7 @@ def _resumed(state: RunState, event: RunResumed) -> RunState:
         incarnations=state.incarnations,
         incarnations_before=state.incarnations,
         commands=state.commands,
+        data_digest=state.data_digest,
         resumes=state.resumes + 1,
     )
     if event.goes_on == "training":

@@ -1,4 +1,4 @@
-"""What a person sees: a live picture of a run, a status page, and the report at its end.
+"""What a person sees: a live picture of a run, a status page, the words at its end; the comparison is in `results`.
 
 On a terminal the picture moves. Elsewhere there is a line for every change of state and one now and then: plain ASCII,
 no colour, nothing cut to a width nobody has.
@@ -9,18 +9,16 @@ from __future__ import annotations
 import os
 import shlex
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Final
 
-from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from supervisor.events import PolicyEvaluated
 from supervisor.outcome import RunOutcome
 from supervisor.state import Phase
 from supervisor.vitals import ProcessView, Snapshot
@@ -34,9 +32,6 @@ UNBOUNDED_COLUMNS: Final = 400
 """Width for output that no terminal cuts; a table takes only what it needs."""
 
 MIB: Final = 2**20
-
-LEARNED: Final = "learned"
-"""The policy that the run trained; the others are its rivals."""
 
 METRICS: Final = (
     ("episodic_return", "return", "{:.2f}"),
@@ -344,10 +339,8 @@ def status_page(snapshot: Snapshot) -> RenderableType:
     return Group(*parts)
 
 
-def report(console: Console, directory: Path, outcome: RunOutcome, order: Sequence[str], again: str) -> None:
+def report(console: Console, directory: Path, outcome: RunOutcome, again: str) -> None:
     """Print what a run came to and what to do next; `again` is the command for another run like it."""
-    if outcome.evaluations:
-        show_results(console, outcome.evaluations, order)
     lines = ["", f"run {outcome.run_id} {outcome.outcome}: {outcome.reason}"]
     if outcome.checkpoint is not None:
         checkpoint = outcome.checkpoint
@@ -362,71 +355,10 @@ def report(console: Console, directory: Path, outcome: RunOutcome, order: Sequen
     lines += [
         "next:",
         *goes_on,
+        f"  simic-supervisor report {place}",
         f"  simic-supervisor status {place}",
         f"  simic-supervisor log verify {place} --owner learner-0",
         f"  tensorboard --logdir {shlex.quote(str(directory / 'tensorboard'))}",
         f"  simic-supervisor {again}",
     ]
     tell(console, "\n".join(lines))
-
-
-def show_results(
-    console: Console, evaluations: Mapping[str, PolicyEvaluated], order: Sequence[str] = ()
-) -> None:
-    """Print the table, policies in the given order and others after them, and the verdict under it."""
-    ordered = {name: evaluations[name] for name in (*order, *evaluations) if name in evaluations}
-    show(console, result_table(ordered, box.HEAVY_HEAD if console.is_terminal else box.ASCII))
-    for sentence in verdict(ordered):
-        tell(console, f"  {sentence}")
-
-
-def result_table(evaluations: Mapping[str, PolicyEvaluated], border: box.Box = box.HEAVY_HEAD) -> Table:
-    """Return, host accuracy and added parameters of every policy, with 95 % intervals, always the three together."""
-    episodes = max((len(evaluated.returns) for evaluated in evaluations.values()), default=0)
-    title = Text(f"{episodes} held-out episodes each, same seeds; mean [95 % interval]")
-    table = Table(title=title, title_justify="left", box=border)
-    table.add_column("policy", overflow="fold")
-    for _, label, _ in _COMPARED:
-        table.add_column(label, justify="right", overflow="fold")
-    for name, evaluated in evaluations.items():
-        cells = [Text(_interval(evaluated.summary, key, digits)) for key, _, digits in _COMPARED]
-        table.add_row(Text(name), *cells, style="bold" if name == LEARNED else None)
-    return table
-
-
-def _interval(summary: Mapping[str, float], key: str, digits: int) -> str:
-    mean, low, high = (f"{summary[f'{key}_{part}']:.{digits}f}" for part in ("mean", "low", "high"))
-    return f"{mean} [{low}, {high}]"
-
-
-def verdict(evaluations: Mapping[str, PolicyEvaluated]) -> list[str]:
-    """A sentence on each rival: whether the learned policy's interval lies above, below, or touches, in each figure."""
-    if LEARNED not in evaluations:
-        return []
-    own = evaluations[LEARNED].summary
-    sentences = []
-    for name, evaluated in evaluations.items():
-        if name == LEARNED:
-            continue
-        words = [
-            f"{_relation(own, evaluated.summary, key)} in {label.removesuffix(' %')}"
-            for key, label, _ in _COMPARED
-        ]
-        sentences.append(f"{LEARNED} against {name}: {', '.join(words)}")
-    return sentences
-
-
-_COMPARED: Final = (
-    ("return", "return", 2),
-    ("accuracy", "host accuracy %", 1),
-    ("parameters", "parameters added", 0),
-)
-"""What is compared: key of the summary, words, digits."""
-
-
-def _relation(own: Mapping[str, float], other: Mapping[str, float], key: str) -> str:
-    if own[f"{key}_low"] > other[f"{key}_high"]:
-        return "higher"
-    if own[f"{key}_high"] < other[f"{key}_low"]:
-        return "lower"
-    return "no clear difference"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import subprocess
 import sys
 import tomllib
@@ -57,6 +58,16 @@ EXCEPTIONS: dict[tuple[str, str], str] = {
     ): "reads the switches that torch itself reads from its process's environment",
 }
 """(file, what) -> why it is honest. A line that is no longer needed fails the test below."""
+
+BRINGS_WHEN_ASKED: dict[str, str] = {
+    "esper_simic/growing_host/tasks/": "a task's loader alone needs its library, once, before the first step",
+}
+"""Where a function of `esper_simic` may import, and why."""
+
+GUESSING_CALLS = frozenset("locals globals vars hash".split())
+"""Whether a value exists is a type's question (None), and `hash` of a text is another one in every process."""
+
+GROWTH = ("esper_simic/growing_host", "esper_simic/rewards")
 
 BROAD_EXCEPT_ALLOWED = ("supervisor/roles/", "supervisor/run.py", "supervisor/cli.py")
 """Where a process has its main: there one handler may catch everything, to record it, and must re-raise."""
@@ -268,6 +279,104 @@ def test_only_the_main_of_a_process_catches_everything_and_it_raises_again(packa
 )
 def test_the_check_sees_broad_handlers(source, expected):
     assert broad_handlers(source) == expected
+
+
+def functions(tree: ast.AST) -> Iterator[ast.AST]:
+    """Every function and method of a file, those within others too."""
+    return (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
+
+
+def imports_within(source: str) -> list[int]:
+    """Lines of the imports that are made whenever some function runs."""
+    parts = (part for function in functions(ast.parse(source)) for part in ast.walk(function))
+    return sorted({part.lineno for part in parts if isinstance(part, ast.Import | ast.ImportFrom)})
+
+
+def calls_of(source: str, names: frozenset[str]) -> list[tuple[int, str]]:
+    """Line and name of every call of one of these built-in functions."""
+    return sorted(
+        (node.lineno, node.func.id)
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in names
+    )
+
+
+def slots_written_down(source: str) -> list[int]:
+    """Lines in which code, not a text about it, names a slot or gives an action's slot a number."""
+    tree = ast.parse(source)
+    texts = {
+        id(node.value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+    }
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in texts:
+            if re.search(r"\br\d+c\d+\b", node.value):
+                found.append(node.lineno)
+        elif isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant):
+            indices = [target.slice for target in node.targets if isinstance(target, ast.Subscript)]
+            names = [part.id for index in indices for part in ast.walk(index) if isinstance(part, ast.Name)]
+            found += [node.lineno] * ("SLOT" in names)
+    return sorted(found)
+
+
+def test_no_function_of_esper_simic_imports():
+    """The traps: imports inside the training loop and inside validation, paid for in every pass."""
+    found, used = [], set()
+    for file in package_files("esper_simic"):
+        lines = imports_within(file.read_text())
+        allowed = {place for place in BRINGS_WHEN_ASKED if relative(file).startswith(place)}
+        used |= allowed if lines else set()
+        found += [f"{relative(file)}:{line}" for line in lines if not allowed]
+    assert found == []
+    assert set(BRINGS_WHEN_ASKED) - used == set(), "exceptions that nothing needs any more"
+
+
+@pytest.mark.parametrize("package", ["esper_simic", "supervisor"])
+def test_no_code_guesses_what_exists(package):
+    """The trap: `"reward_components" in locals()`."""
+    found = {relative(file): calls_of(file.read_text(), GUESSING_CALLS) for file in package_files(package)}
+    assert {file: calls for file, calls in found.items() if calls} == {}
+
+
+@pytest.mark.parametrize("package", GROWTH)
+def test_no_slot_is_written_into_the_code_of_growth(package):
+    """The trap: a controller that acted on slot 0, whatever it had chosen. Slots are the configuration's."""
+    found = {relative(file): slots_written_down(file.read_text()) for file in package_files(package)}
+    assert len(found) > 5
+    assert {file: lines for file, lines in found.items() if lines} == {}
+
+
+@pytest.mark.parametrize("package", GROWTH)
+def test_growth_runs_on_the_one_stream_of_its_caller_and_scales_no_gradient(package):
+    """What is made on a side stream must be recorded there, and a scaler belongs to one host: there is neither."""
+    words = re.compile(r"\b(\w*[Ss]tream\(|record_stream|GradScaler|autocast)")
+    found = {relative(file): words.findall(file.read_text()) for file in package_files(package)}
+    assert {file: said for file, said in found.items() if said} == {}
+
+
+def test_whoever_makes_hosts_tells_them_the_learners_gamma():
+    """Shaping with another gamma would change which policy is best; the default is for Gymnasium's `make` alone."""
+    made = {"GrowingHosts", "GrowingHostVectorEnv"}
+    given = [
+        (relative(file), node.lineno, [word.value for word in node.keywords if word.arg == "gamma"])
+        for package in ("esper_simic", "supervisor")
+        for file in package_files(package)
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in made
+    ]
+    assert len(given) >= 4
+    assert [where for *where, gamma in given if not gamma or isinstance(gamma[0], ast.Constant)] == []
+
+
+def test_the_checks_of_structure_see_what_they_are_for():
+    assert imports_within("import a\ndef f():\n    def g():\n        from b import c\n    import d") == [4, 5]
+    assert calls_of("if 'x' in locals(): y = hash(t)\nz.hash()", GUESSING_CALLS) == [
+        (1, "hash"),
+        (1, "locals"),
+    ]
+    assert slots_written_down('"""r0c0"""\nf("r0c1")\na[:, SLOT] = 0\na[SLOT] = b\na[:, OP] = 1') == [2, 3]
 
 
 @pytest.mark.parametrize("package", ["esper_simic", "supervisor", "bench"])

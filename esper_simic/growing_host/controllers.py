@@ -158,6 +158,10 @@ class FixedSchedule(_Schedule):
 class Farm(_Schedule):
     """The fixed schedule that never keeps a seed: it is blended in and held for ever.
 
+    It puts the same blueprints into the same slots as `PatientController` and `FixedSchedule`: keeping a seed changes
+    nothing of what a host computes, and costs an epoch's action at most. So its accuracy and parameters are about
+    theirs, and only its return, which no finished seed pays into, tells them apart.
+
     The test of a reward: one that pays for attribution every epoch pays this controller best, though it finishes
     nothing. No default reward may.
     """

@@ -90,7 +90,7 @@ class GrowingHosts:
         self.config = config
         self.lanes = lanes
         self.host_spec = build_host(config.host, task)
-        self.spec = observation.observation_spec(self.host_spec, len(config.slots))
+        self.spec = observation.observation_spec(len(self.host_spec.blocks), len(config.slots))
         self._gamma = gamma
         self.bank = ParameterBank(lanes, self.host_spec, config.slots, config, dtype, device)
         self._slot_block = np.array([place.block for place in self.bank.places])
@@ -314,7 +314,11 @@ class GrowingHosts:
         self._loss[:, :-1] = self._loss[:, 1:]
         self._loss[:, -1] = measured.loss
         self.slots.record_validation(
-            measured.accuracy, attribution.contribution, attribution.solo, attribution.interaction
+            measured.accuracy,
+            attribution.contribution,
+            attribution.solo,
+            attribution.interaction,
+            velocity_ema=self.config.contribution_velocity_ema,
         )
         self.attributions.record(attribution)
 

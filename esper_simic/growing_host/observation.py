@@ -7,7 +7,7 @@ first (absent −1); 8–12 last five accuracies / 100 (absent −1); 13–15 sh
 HOLDING or FOSSILIZED; 16 the last action succeeded; 17–22 one-hot of the last operation (all 0 before the first).
 
 **slot_nodes** (31): 0 holds a seed; 1–10 one-hot stage; 11 alpha; 12 contribution / 10 in ±1 (never measured 0); 13
-its change / 10 in ±1; 14 tempo / 12; 15 alpha target; 16 alpha mode / 2 (0 still, ½ rising, 1 falling); 17, 18, 19
+its velocity / 10 in ±1; 14 tempo / 12; 15 alpha target; 16 alpha mode / 2 (0 still, ½ rising, 1 falling); 17, 18, 19
 epochs of the ramp in all, done and left, / horizon; 20 change of alpha in ±1; 21 composition / 2 (0 ADD, ½ MULTIPLY,
 1 GATE); 22 interaction with its partners / 10 in ±1; 23 symlog(gradient norm) / 7; 24 gradient health (unmeasured 0);
 25 vanishing; 26 exploding; 27 gradient health an epoch earlier (never −1); 28 epochs in stage / horizon; 29
@@ -46,10 +46,10 @@ def symlog(x: Floats) -> Floats:
     return np.sign(x) * np.log1p(np.abs(x))
 
 
-def observation_spec(spec: HostSpec, slots: int) -> ObservationSpec:
-    """Shapes of the observations of this host."""
+def observation_spec(blocks: int, slots: int) -> ObservationSpec:
+    """Shapes of the observations of a host of so many blocks, whatever its task."""
     return ObservationSpec(
-        host_nodes=len(spec.blocks) + 1,
+        host_nodes=blocks + 1,
         host_features=HOST_FEATURES,
         slots=slots,
         slot_features=SLOT_FEATURES,
@@ -102,8 +102,7 @@ def slot_features(slots: SlotTable, *, horizon: int, gamma: float) -> NDArray[np
     features[..., 1:11] = _COLUMN_OF_STAGE[slots.stage][..., None] == np.arange(10)
     features[..., 11] = slots.alpha
     features[..., 12] = np.clip(np.nan_to_num(slots.contribution) / 10, -1, 1)
-    change = np.nan_to_num(slots.contribution - slots.contribution_before)
-    features[..., 13] = np.clip(change / 10, -1, 1)
+    features[..., 13] = np.clip(np.nan_to_num(slots.contribution_velocity) / 10, -1, 1)
     features[..., 14] = slots.tempo_epochs / 12
     features[..., 15] = slots.alpha_target
     features[..., 16] = slots.alpha_mode / 2

@@ -48,7 +48,7 @@ SEED_FIELDS: Final[dict[str, tuple[type, float]]] = {
     "prune_scheduled": (np.bool_, False),
     "accuracy_at_germination": (np.float64, 0),
     "contribution": (np.float64, np.nan),
-    "contribution_before": (np.float64, np.nan),
+    "contribution_velocity": (np.float64, np.nan),
     "progress": (np.float64, np.nan),
     "solo": (np.float64, np.nan),
     "interaction": (np.float64, 0),
@@ -85,7 +85,8 @@ class SlotFields:
     | `ramp_done`, `ramp_total` | ticks of it done and in all (0: none, or at once) |
     | `prune_scheduled` | the seed goes when alpha has come down to 0 |
     | `accuracy_at_germination` | percent |
-    | `contribution`, `contribution_before` | accuracy points, last and last but one measured; NaN: never |
+    | `contribution` | accuracy points, last measured; NaN: never |
+    | `contribution_velocity` | its change between measurements, averaged (`contribution_velocity_ema`); NaN: none |
     | `progress` | accuracy points since germination, when `contribution` was measured |
     | `solo` | accuracy points with only this seed on, last measured; NaN: never |
     | `interaction` | sum over the seed's partners, accuracy points, last measured; 0 where there was none |
@@ -122,7 +123,7 @@ class SlotFields:
     prune_scheduled: NDArray[np.bool_]
     accuracy_at_germination: NDArray[np.float64]
     contribution: NDArray[np.float64]
-    contribution_before: NDArray[np.float64]
+    contribution_velocity: NDArray[np.float64]
     progress: NDArray[np.float64]
     solo: NDArray[np.float64]
     interaction: NDArray[np.float64]

@@ -301,19 +301,32 @@ class SlotTable(SlotFields):
         self.accuracy[lanes] = accuracy
 
     def record_validation(
-        self, accuracy: Floats, contribution: Floats, solo: Floats, interaction: Floats
+        self,
+        accuracy: Floats,
+        contribution: Floats,
+        solo: Floats,
+        interaction: Floats,
+        *,
+        velocity_ema: float = 0.0,
     ) -> None:
         """Note what hosts can do and what seeds were worth in the validation that has just passed.
+
+        The velocity of a contribution is its change since it was measured last, averaged from the first change on:
+        `v <- velocity_ema v + (1 - velocity_ema) change`.
 
         Args:
             accuracy: `[E]` percent.
             contribution: `[E, S]` points lost with that seed off; NaN where not measured.
             solo: `[E, S]` points with only that seed on; NaN where not measured.
             interaction: `[E, S]` points, sum over partners; NaN where there was none, or it was not measured.
+            velocity_ema: Weight of the past, in [0, 1).
         """
         self.accuracy[:] = accuracy
         measured = np.isfinite(contribution)
-        self.contribution_before[measured] = self.contribution[measured]
+        change = contribution - self.contribution
+        averaged = velocity_ema * self.contribution_velocity + (1 - velocity_ema) * change
+        first = np.isnan(self.contribution_velocity)
+        self.contribution_velocity[measured] = np.where(first, change, averaged)[measured]
         self.contribution[measured] = contribution[measured]
         self.progress[measured] = (accuracy[:, None] - self.accuracy_at_germination)[measured]
         self.interaction[measured] = np.nan_to_num(interaction[measured], nan=0.0)

@@ -12,10 +12,9 @@ from esper_simic.actions import head_sizes
 from esper_simic.config import EnvironmentConfig
 from esper_simic.errors import ConfigError
 from esper_simic.graphs import ObservationSpec
-from esper_simic.growing_host.hosts import build_host
+from esper_simic.growing_host.hosts import HOSTS
 from esper_simic.growing_host.observation import observation_spec
 from esper_simic.growing_host.slots import NO_BLUEPRINT
-from esper_simic.growing_host.tasks import load_task
 
 FEATURE_BOUND: Final = 16.0
 """No feature can exceed it: the largest are `symlog(x) / 7`, below 12.7 for any float32."""
@@ -38,8 +37,11 @@ def observation_space(spec: ObservationSpec) -> spaces.Dict:
 
 
 def observation_spec_of(config: EnvironmentConfig) -> ObservationSpec:
-    """Shapes of the observations that an environment of this configuration gives."""
-    return observation_spec(build_host(config.host, load_task(config.task)), len(config.slots))
+    """Shapes of the observations that an environment of this configuration gives.
+
+    They do not depend on the task, so whoever folds a journal (a learner, a replay) needs none of its data.
+    """
+    return observation_spec(HOSTS[config.host].blocks, len(config.slots))
 
 
 def action_space(slots: int, lanes: int | None = None) -> spaces.MultiDiscrete:

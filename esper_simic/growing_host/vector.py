@@ -14,6 +14,7 @@ by the governor, which ends its episode as `truncated`.
 | `episode_number` | `[E]` | number of the episode this step belongs to |
 | `final_obs`, `_final_obs` | mapping of `[E, ...]`, `[E]` | last observation of episodes that ended; valid rows |
 | `episode`, `_episode` | `r l accuracy parameters_added fossils`, `[E]` | their sums and results; valid rows |
+| | `stage blueprint composition`, `[E, S]` | what was in their slots at the end |
 
 `final_obs` and `episode` are there only in steps in which an episode ends.
 """
@@ -219,6 +220,9 @@ class GrowingHostVectorEnv(VectorEnv[Arrays, NDArray[np.int64], NDArray[np.gener
                 "accuracy": self._hosts.accuracy,
                 "parameters_added": self._hosts.parameters_added,
                 "fossils": self._hosts.fossils,
+                "stage": self._hosts.slots.stage.copy(),
+                "blueprint": self._hosts.slots.blueprint.copy(),
+                "composition": self._hosts.slots.composition.copy(),
             },
             "_episode": ended.copy(),
         }

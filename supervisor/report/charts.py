@@ -160,7 +160,10 @@ def interval_chart(bars: Sequence[Bar], label: str, digits: int) -> Markup:
 
 @dataclass(frozen=True, slots=True)
 class Spot:
-    """A policy among the episodes, with its intervals in both directions where there are any."""
+    """A policy among the episodes, with its intervals in both directions where there are any.
+
+    `is_beside`: it is shown beside the others and does not compete with them; its dot is hollow.
+    """
 
     name: str
     x: float
@@ -168,6 +171,7 @@ class Spot:
     x_span: tuple[float, float] | None
     y_span: tuple[float, float] | None
     is_own: bool
+    is_beside: bool = False
 
 
 def scatter_chart(
@@ -218,7 +222,8 @@ def _spot(spot: Spot, axes: Axes) -> Markup:
         low, high = (axes.y(value) for value in spot.y_span)
         lines.append(element("line", x1=x, y1=low, x2=x, y2=high, class_=f"whisker{own}"))
     title = element("title", f"{spot.name}: {fixed(spot.y, 1)} % with {fixed(spot.x, 0)} parameters added")
-    return element("g", title, lines, element("circle", cx=x, cy=y, r=5, class_=f"dot{own}"))
+    beside = " beside" if spot.is_beside else ""
+    return element("g", title, lines, element("circle", cx=x, cy=y, r=5, class_=f"dot{own}{beside}"))
 
 
 NAME_HEIGHT: Final = 13.0

@@ -10,13 +10,13 @@ from importlib import resources
 from typing import Final
 
 from supervisor.report.choice import SeenEpisode
-from supervisor.report.figures import compare
 from supervisor.report.gather import Gathered
 from supervisor.report.growth import growth
 from supervisor.report.happenings import happenings
 from supervisor.report.learning import learning
 from supervisor.report.markup import Content, Markup, duration, element, note, utc
 from supervisor.report.policies import comparison, front
+from supervisor.standings import compare
 
 STYLE: Final = resources.files("supervisor.report") / "page.css"
 

@@ -5,20 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from supervisor.events import FIXED, LEARNED
 from supervisor.report import charts
 from supervisor.report.charts import Bar, Spot
-from supervisor.report.figures import (
-    FIGURES,
-    Figure,
-    Measured,
-    Row,
-    difference_words,
-    interval_words,
-    sentences,
-)
+from supervisor.report.figures import difference_words, interval_words, sentences
 from supervisor.report.gather import Gathered
 from supervisor.report.markup import Content, Markup, element, fixed, note, short
-from supervisor.view import LEARNED
+from supervisor.standings import FIGURES, Figure, Measured, Row
 
 
 def comparison(gathered: Gathered, rows: Sequence[Row]) -> Content:
@@ -48,7 +41,7 @@ def comparison(gathered: Gathered, rows: Sequence[Row]) -> Content:
         else None,
         note(
             "Square brackets: 95 % intervals; Student's for means, percentile bootstrap "
-            "seeds drawn with both outcomes for differences) for the others. IQM: interquartile mean, the mean of the "
+            "(seeds drawn with both outcomes for differences) for the others. IQM: interquartile mean, the mean of the "
             "middle half. P(more): probability that an episode of the learned policy gives more than one of the other. "
             "The intervals speak of these policies on other seeds, not of what another training would give."
         ),
@@ -86,12 +79,15 @@ def _intervals(figure: Figure, rows: Sequence[Row]) -> Markup:
 
 def _table(rows: Sequence[Row]) -> Markup:
     heads = [[f"{figure.label}{figure.unit}, mean", "IQM"] for figure in FIGURES]
-    top = element("tr", element("th", "policy", scope="col", class_="left"), _heads(heads))
+    top = element(
+        "tr", element("th", "policy", scope="col", class_="left"), _heads([*heads, ["on the front"]])
+    )
     body = [
         element(
             "tr",
             element("th", element("bdi", row.name), scope="row"),
             [_cells(row.figures[figure.key], figure) for figure in FIGURES],
+            element("td", "–" if row.name == FIXED else "yes" if row.is_on_front else "no"),
             class_="own" if row.name == LEARNED else None,
         )
         for row in rows
@@ -165,7 +161,9 @@ def front(gathered: Gathered, rows: Sequence[Row]) -> Content:
     if spots:
         notes.append("policies by the interquartile means of their held-out episodes, with 95 % intervals")
     if len(on_front) > 1:
-        notes.append("broken line: what can be had for so many parameters")
+        notes.append("broken line: the front, what growing can have for so many parameters")
+    if any(spot.is_beside for spot in spots):
+        notes.append(f"hollow: {FIXED}, what {LEARNED} grew, trained whole from the start")
     return [
         note(f"{'; '.join(notes)}."),
         element(
@@ -186,4 +184,5 @@ def _spot_of(row: Row) -> Spot:
         None if measured.middle is None else (measured.middle.low, measured.middle.high)
         for measured in (parameters, accuracy)
     ]
-    return Spot(row.name, parameters.centre, accuracy.centre, spans[0], spans[1], row.name == LEARNED)
+    own, beside = row.name == LEARNED, row.name == FIXED
+    return Spot(row.name, parameters.centre, accuracy.centre, spans[0], spans[1], own, beside)

@@ -34,6 +34,7 @@ from supervisor.clock import SystemClock
 from supervisor.journal import read
 from supervisor.protocol import Stopped, Unroll, Welcome
 from supervisor.roles.channel import ControlChannel
+from supervisor.roles.data import examined_data
 from supervisor.roles.learner_line import LearnerLine
 
 WAIT_MS: Final = 200.0
@@ -41,13 +42,18 @@ WAIT_MS: Final = 200.0
 
 
 def main(spec: ChildSpec) -> None:
-    """Be actor `spec.who.index` until told to stop."""
+    """Be actor `spec.who.index` until told to stop.
+
+    Raises:
+        ConfigError: No host of this configuration can be grown here; see `examined_data`.
+    """
     torch.set_num_threads(1)
     config = parse(spec.config_text)
+    data_digest = examined_data(config)
     line = LearnerLine(spec, config, SystemClock())
     try:
         with ControlChannel(spec, config.supervisor.frame_bytes_max) as control:
-            control.ready()
+            control.ready(data_digest=data_digest)
             welcome = _await_welcome(control, line)
             if welcome is not None:
                 _Acting(spec, config, control, line, welcome).run()

@@ -49,8 +49,8 @@ class ControlChannel:
         """To be watched by a poller."""
         return self._client
 
-    def ready(self, *, learner_step: int = 0, environment_steps: int = 0) -> None:
-        """Say that imports are done and sockets are open; a learner says where it stands."""
+    def ready(self, *, learner_step: int = 0, environment_steps: int = 0, data_digest: str = "") -> None:
+        """Say that imports are done and sockets are open; a learner says where it stands, others on which data."""
         role, index, incarnation = self._who
         self._client.send(
             Ready(
@@ -60,6 +60,7 @@ class ControlChannel:
                 pid=os.getpid(),
                 learner_step=learner_step,
                 environment_steps=environment_steps,
+                data_digest=data_digest,
             )
         )
 

@@ -11,13 +11,21 @@ import torch
 from esper_simic import seeding
 from esper_simic.config import Config, parse
 from esper_simic.errors import ContractError
-from esper_simic.evaluation import LEARNED, PolicyOutcome, evaluate, held_out_seeds
+from esper_simic.evaluation import (
+    FIXED,
+    LEARNED,
+    EpisodeOutcome,
+    PolicyOutcome,
+    evaluate,
+    held_out_seeds,
+)
 from esper_simic.growing_host.spaces import observation_spec_of
 from esper_simic.policies.graph_policy import GraphPolicy
 from supervisor import checkpoints
 from supervisor.child import ChildSpec
 from supervisor.protocol import Evaluate, Evaluated, Stopped
 from supervisor.roles.channel import ControlChannel
+from supervisor.roles.data import examined_data
 from supervisor.roles.fold import STATE_FILE
 
 WAIT_MS: Final = 200
@@ -26,12 +34,17 @@ POLICY_PREFIX: Final = "policy."
 
 
 def main(spec: ChildSpec) -> None:
-    """Be evaluator `spec.who.index` until told to stop."""
+    """Be evaluator `spec.who.index` until told to stop.
+
+    Raises:
+        ConfigError: No host of this configuration can be grown here; see `examined_data`.
+    """
     torch.set_num_threads(1)
     config = parse(spec.config_text)
     role, index, incarnation = spec.who
+    data_digest = examined_data(config)
     with ControlChannel(spec, config.supervisor.frame_bytes_max) as control:
-        control.ready()
+        control.ready(data_digest=data_digest)
         while control.stop_requested() is None:
             task = control.next_task(WAIT_MS)
             if task is None:
@@ -44,7 +57,11 @@ def main(spec: ChildSpec) -> None:
                     index=index,
                     incarnation=incarnation,
                     policy=task.policy,
-                    returns=tuple(episode.episode_return for episode in outcome.episodes),
+                    returns=tuple(
+                        episode.episode_return
+                        for episode in outcome.episodes
+                        if episode.episode_return is not None
+                    ),
                     accuracies=tuple(episode.accuracy for episode in outcome.episodes),
                     parameters=tuple(float(episode.parameters_added) for episode in outcome.episodes),
                     summary=_summary(outcome),
@@ -54,20 +71,34 @@ def main(spec: ChildSpec) -> None:
 
 
 def measure(config: Config, task: Evaluate, control: ControlChannel) -> PolicyOutcome:
-    """Run a task's episodes, reporting progress on the way.
+    """Run a task's episodes, reporting progress on the way; for fixed networks first those that grow them.
 
     Raises:
         ContractError: The checkpoint of the learned policy is damaged.
     """
-    policy = load_policy(config, Path(task.checkpoint)) if task.policy == LEARNED else None
-    seeds = held_out_seeds(config.simic_trainer.seed, task.episodes)
+    trainer, environment = config.simic_trainer, config.environment
+    needs_policy = task.policy in (LEARNED, FIXED)
+    policy = load_policy(config, Path(task.checkpoint)) if needs_policy else None
+    seeds = held_out_seeds(trainer.seed, task.episodes)
 
     def progressed() -> None:
         control.worked()
         control.report()
 
-    gamma = config.simic_trainer.gamma
-    return evaluate(task.policy, config.environment, seeds, gamma=gamma, policy=policy, observer=progressed)
+    def outcome_of(name: str, reference: list[EpisodeOutcome] | None = None) -> PolicyOutcome:
+        return evaluate(
+            name,
+            environment,
+            seeds,
+            gamma=trainer.gamma,
+            policy=policy,
+            reference=reference,
+            observer=progressed,
+        )
+
+    # What the policy grows is a function of its checkpoint and the seeds: growing it again costs seconds, and no
+    # evaluator depends on what another one remembers.
+    return outcome_of(task.policy, outcome_of(LEARNED).episodes if task.policy == FIXED else None)
 
 
 def load_policy(config: Config, checkpoint: Path) -> GraphPolicy:
@@ -103,13 +134,20 @@ def load_policy(config: Config, checkpoint: Path) -> GraphPolicy:
 
 
 def _summary(outcome: PolicyOutcome) -> dict[str, float]:
-    intervals = {
-        "return": outcome.episode_return,
-        "accuracy": outcome.accuracy,
-        "parameters": outcome.parameters_added,
+    """Of each figure the mean, its interval, the interquartile mean and its interval: what there is of them."""
+    figures = {
+        "return": (outcome.episode_return, outcome.episode_return_middle),
+        "accuracy": (outcome.accuracy, outcome.accuracy_middle),
+        "parameters": (outcome.parameters_added, outcome.parameters_added_middle),
     }
-    return {
-        f"{name}_{field}": value
-        for name, interval in intervals.items()
-        for field, value in (("mean", interval.mean), ("low", interval.low), ("high", interval.high))
-    }
+    summary: dict[str, float] = {}
+    for name, (mean, middle) in figures.items():
+        if mean is not None:
+            summary |= {f"{name}_mean": mean.mean, f"{name}_low": mean.low, f"{name}_high": mean.high}
+        if middle is not None:
+            summary |= {
+                f"{name}_iqm": middle.value,
+                f"{name}_iqm_low": middle.low,
+                f"{name}_iqm_high": middle.high,
+            }
+    return summary

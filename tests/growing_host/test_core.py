@@ -110,6 +110,22 @@ def test_what_was_before_is_not_what_is_after(monkeypatch: pytest.MonkeyPatch) -
             np.testing.assert_array_equal(getattr(later, before), getattr(earlier, after), err_msg=before)
 
 
+def test_rewards_are_told_which_action_was_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trap: a reward that is paid for what was asked, not for what happened."""
+    told: list[Outcome] = []
+
+    def noting(**given: Any) -> Outcome:
+        told.append(Outcome(**given))
+        return told[-1]
+
+    monkeypatch.setattr("esper_simic.growing_host.core.Outcome", noting)
+    hosts = fresh(config(mask_gates=False))
+    for op in (Op.GERMINATE, Op.GERMINATE, Op.FOSSILIZE, Op.SET_ALPHA_TARGET, Op.ADVANCE, Op.WAIT):
+        succeeded = give(hosts, op=op, slot=0).succeeded
+        np.testing.assert_array_equal(told[-1].succeeded, succeeded)
+    assert [outcome.succeeded.all() for outcome in told] == [True, False, False, False, True, True]
+
+
 @pytest.mark.parametrize("mode", sorted(PARTS))
 def test_every_mode_rewards_a_whole_episode(mode: str) -> None:
     family = next(family for family, modes in REWARD_FAMILIES.items() if mode in modes)
@@ -149,6 +165,42 @@ def test_fossils_are_ablated_where_the_reward_asks_what_they_are_worth() -> None
         worth[mode] = hosts.slots.epochs_since_contribution[fossils]
     assert (worth["basic_plus"] == 0).all(), "measured in every epoch"
     assert (worth["basic"] > 0).any()
+
+
+def test_the_configuration_says_how_the_change_of_a_contribution_is_averaged() -> None:
+    hosts = fresh(config(max_epochs=30, contribution_velocity_ema=0.5), lanes=6)
+    controller, wait = PatientController(holding_epochs=6), np.zeros((6, len(HEADS)))
+    worth, velocity, changes = np.nan, np.nan, 0
+    for _ in range(16):
+        hosts.step(controller.act(hosts.view(), wait))
+        if hosts.slots.stage[0, 0] == SeedStage.FOSSILIZED:
+            break
+        if hosts.slots.epochs_since_contribution[0, 0] == 0:
+            now = hosts.slots.contribution[0, 0]
+            change = now - worth
+            velocity = change if np.isnan(velocity) else 0.5 * velocity + 0.5 * change
+            worth, changes = now, changes + (change != 0)
+            np.testing.assert_allclose(hosts.slots.contribution_velocity[0, 0], velocity)
+            seen = hosts.observe()["slot_nodes"][0, 0, 13]
+            assert seen == pytest.approx(np.clip(np.nan_to_num(velocity) / 10, -1, 1))
+    assert changes > 2
+
+
+def test_the_configuration_says_how_gradient_ratios_are_averaged() -> None:
+    """Permissive gates ask for no ratio, so the hosts grow alike whatever its average is made of."""
+    seen = {}
+    for ema in (0.0, 0.6):
+        hosts, ratios = fresh(config(gradient_ema=ema)), []
+        for op in (Op.GERMINATE, Op.ADVANCE, Op.WAIT, Op.WAIT):
+            give(hosts, op=op, slot=2)
+            ratios.append(hosts.slots.gradient_ratio[:, 2].copy())
+        seen[ema] = ratios[1:]
+    first, *others = seen[0.0]
+    expected = [first]
+    for ratio in others:
+        expected.append(0.6 * expected[-1] + 0.4 * ratio)
+    np.testing.assert_allclose(seen[0.6], expected)
+    assert (np.abs(others[0] - first) > 1e-3).any()
 
 
 # ---- rollback --------------------------------------------------------------------------------------------------------

@@ -51,6 +51,73 @@ def test_check_env_has_nothing_to_say():
     assert env.unwrapped.spec_observation.slots == 2
 
 
+SHORT: dict[str, Any] = {
+    "max_epochs": 6,
+    "training_epochs_min": 2,
+    "train_batches": 1,
+    "train_batch_size": 8,
+    "validation_samples": 20,
+}
+OF_EACH_KIND = {"digits": "rescue", "mnist1d": "series", "wine": "mlp", "characters": "transformer"}
+
+
+@pytest.mark.parametrize(("task", "host"), OF_EACH_KIND.items())
+@pytest.mark.parametrize("alpha_control", ["plain", "full"])
+def test_gymnasium_makes_and_checks_an_environment_of_each_kind(task, host, alpha_control):
+    env = gymnasium.make(
+        "esper_simic/GrowingHost-v0",
+        task=task,
+        host=host,
+        alpha_control=alpha_control,
+        render_mode="rgb_array",
+        **SHORT,
+    )
+    check_env(env.unwrapped)
+    observed, info = env.reset(seed=1)
+    env.action_space.seed(1)
+    steps, terminated = 0, False
+    while not terminated:
+        assert observed in env.observation_space
+        observed, reward, terminated, truncated, info = env.step(
+            env.action_space.sample(mask=info["action_mask"])
+        )
+        steps += 1
+        assert np.isfinite(float(reward))
+        assert not truncated
+    assert steps == SHORT["max_epochs"]
+    picture: Any = env.render()
+    assert (picture.dtype, picture.ndim, picture.shape[-1]) == (np.uint8, 3, 3)
+
+
+@pytest.mark.parametrize(("task", "host"), OF_EACH_KIND.items())
+def test_gymnasium_makes_the_one_computation_unless_it_is_told_otherwise(task, host):
+    """`sync` would step scalar environments one after another; it works, in Gymnasium's own autoreset mode."""
+    settings = {"num_envs": 2, "task": task, "host": host, "stagger": False, **SHORT}
+    lanes = gymnasium.make_vec("esper_simic/GrowingHost-v0", **settings)
+    assert isinstance(lanes, GrowingHostVectorEnv)
+    assert lanes.metadata["autoreset_mode"] is AutoresetMode.SAME_STEP
+    one_by_one = gymnasium.make_vec("esper_simic/GrowingHost-v0", vectorization_mode="sync", **settings)
+    assert one_by_one.metadata["autoreset_mode"] is AutoresetMode.NEXT_STEP
+    wait = np.zeros((2, len(HEADS)), dtype=np.int64)
+    first: dict[str, Any] = lanes.reset(seed=3)[0]
+    alone: dict[str, Any] = one_by_one.reset(seed=3)[0]
+    terminated, infos = np.zeros(2, dtype=np.bool_), dict[str, Any]()
+    for _ in range(SHORT["max_epochs"]):
+        for key in OBSERVATION_KEYS:
+            np.testing.assert_allclose(first[key], alone[key], atol=1e-5, err_msg=key)
+        first, _, terminated, _, infos = lanes.step(wait)
+        alone, _, terminated_alone, _, _ = one_by_one.step(wait)
+        assert terminated.tolist() == terminated_alone.tolist()
+    assert terminated.all()
+    # Where one has begun the next episode already, the other still shows the end of this one.
+    for key in OBSERVATION_KEYS:
+        np.testing.assert_allclose(infos["final_obs"][key], alone[key], atol=1e-5, err_msg=key)
+    assert infos["episode_number"].tolist() == [0, 0]
+    assert first["globals"][:, 0].tolist() == [0.0, 0.0]
+    lanes.close()
+    one_by_one.close()
+
+
 def test_vector_environment_keeps_the_contract():
     env = gymnasium.make_vec(
         "esper_simic/GrowingHost-v0",

@@ -54,11 +54,7 @@ def literal_slot(slots, lane, slot):
     features[1 + STAGE_ORDER.index(stage)] = 1.0
     features[11] = value("alpha")
     features[12] = clip(measured("contribution", 0) / 10)
-    features[13] = (
-        clip((measured("contribution", 0) - value("contribution_before")) / 10)
-        if not math.isnan(value("contribution_before"))
-        else 0.0
-    )
+    features[13] = clip(measured("contribution_velocity", 0) / 10)
     features[14] = value("tempo_epochs") / 12
     features[15] = value("alpha_target")
     rising = value("ramp_done") < value("ramp_total")

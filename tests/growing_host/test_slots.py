@@ -308,12 +308,12 @@ def test_accuracies_are_noted_when_something_begins():
     assert table.accuracy_at_germination[0, 0] == 12.0
 
 
-def test_contributions_are_kept_with_the_one_before_and_where_they_were_not_measured():
+def test_contributions_are_kept_where_they_were_not_measured():
     table = grown(SeedStage.HOLDING)
     unknown = np.full((1, 1), np.nan)
     for accuracy, worth in ((20.0, 3.0), (21.0, 4.0)):
         table.record_validation(np.array([accuracy]), np.full((1, 1), worth), np.full((1, 1), 2.0), unknown)
-    assert (table.contribution[0, 0], table.contribution_before[0, 0]) == (4.0, 3.0)
+    assert (table.contribution[0, 0], table.contribution_velocity[0, 0]) == (4.0, 1.0)
     assert (table.progress[0, 0], table.solo[0, 0], table.interaction[0, 0]) == (9.0, 2.0, 0.0)
     table.record_validation(np.array([25.0]), np.full((1, 1), 5.0), unknown, np.full((1, 1), -1.5))
     assert (table.solo[0, 0], table.interaction[0, 0]) == (2.0, -1.5)
@@ -321,6 +321,25 @@ def test_contributions_are_kept_with_the_one_before_and_where_they_were_not_meas
     table.record_validation(np.array([30.0]), unknown, unknown, unknown)
     assert (table.contribution[0, 0], table.progress[0, 0], table.interaction[0, 0]) == (5.0, 13.0, -1.5)
     assert table.epochs_since_contribution[0, 0] == 1
+
+
+@pytest.mark.parametrize(
+    ("ema", "expected"),
+    [
+        (0.0, [np.nan, 3.0, 3.0, -4.0]),  # the last change alone, kept where nothing was measured
+        (0.75, [np.nan, 3.0, 3.0, 0.75 * 3.0 + 0.25 * -4.0]),
+    ],
+)
+def test_the_velocity_of_a_contribution_is_averaged_from_its_first_change_on(ema, expected):
+    table = grown(SeedStage.HOLDING)
+    seen = []
+    for worth in (2.0, 5.0, np.nan, 1.0):
+        each = np.full((1, 1), worth)
+        table.record_validation(np.array([20.0]), each, each, each, velocity_ema=ema)
+        seen.append(table.contribution_velocity[0, 0])
+    assert seen == pytest.approx(expected, nan_ok=True)
+    table.remove(HERE)
+    assert np.isnan(table.contribution_velocity[0, 0]), "another seed in this slot begins anew"
 
 
 def report(seed_norm, host_norm):

@@ -8,10 +8,11 @@ import pytest
 from esper_simic.actions import ALPHA_SPEED_EPOCHS, HEADS, OP, SLOT, MaskLayout, Op
 from esper_simic.config import EnvironmentConfig
 from esper_simic.growing_host import masks
-from esper_simic.growing_host.controllers import waiting
+from esper_simic.growing_host.controllers import RandomController, waiting
 from esper_simic.growing_host.core import GrowingHosts
 from esper_simic.lifecycle import BLENDED, SeedStage
-from esper_simic.rewards import fossil_bonus
+from esper_simic.rewards import fossil_bonus, potential
+from supervisor import config_file
 
 LANES = 4
 LAYOUT = MaskLayout(3)
@@ -80,13 +81,14 @@ def test_a_refused_fossilize_is_not_rewarded_as_done():
         assert (refused.reward_parts[name] == part).all(), name
 
 
-def test_germinating_into_an_occupied_slot_pays_nothing():
-    hosts = fresh()
-    give(hosts, op=Op.GERMINATE, slot=0)
-    waited = fresh()
-    give(waited, op=Op.GERMINATE, slot=0)
-    refused = give(hosts, op=Op.GERMINATE, slot=0)
-    plain = give(waited, op=Op.WAIT)
+@pytest.mark.parametrize("slot", [0, 1], ids=["occupied", "empty, but another seed is not yet blended"])
+def test_a_refused_germinate_is_not_rewarded_as_done(slot):
+    """The trap: a germination was paid its potential, whether or not there is a seed."""
+    (hosts, waited), first = (fresh(), fresh()), {"op": Op.GERMINATE, "slot": 0}
+    for each in (hosts, waited):
+        give(each, **first)
+        give(each, op=Op.ADVANCE, slot=0)
+    refused, plain = give(hosts, op=Op.GERMINATE, slot=slot), give(waited, op=Op.WAIT)
     assert not refused.succeeded.any()
     for name, part in plain.reward_parts.items():
         assert (refused.reward_parts[name] == part).all(), name
@@ -183,3 +185,75 @@ def test_a_scheduled_prune_keeps_the_seed_still_and_clears_it_when_it_lands(spee
         give(hosts, op=Op.WAIT)
     assert hosts.slots.stage[lane, 2] == SeedStage.PRUNED
     assert segment(hosts.bank.parameters).abs().sum() == segment(hosts.bank.momentum).abs().sum() == 0
+
+
+def played(hosts, epochs, look=None):
+    """Random growth; `look` sees the hosts before every step. Rewards of all steps."""
+    rng = np.random.default_rng(4)
+    rewards = []
+    for _ in range(epochs):
+        if look is not None:
+            look(hosts)
+        actions = RandomController().act(hosts.view(), rng.random((hosts.lanes, len(HEADS))))
+        rewards.append(hosts.step(actions).reward)
+    return np.array(rewards)
+
+
+def test_whoever_looks_on_changes_nothing():
+    """The trap: what is measured, and so what is decided, depended on whether anybody listened."""
+
+    def look(hosts):
+        hosts.observe()
+        hosts.state_dict()
+        for lane in range(LANES):
+            hosts.picture(lane, hosts.accuracy)
+
+    unprunable = SMALL.model_copy(update={"prune_age_min": 1000})
+    unseen, seen = fresh(unprunable), fresh(unprunable)
+    np.testing.assert_array_equal(played(unseen, 25), played(seen, 25, look))
+    assert (unseen.bank.parameters == seen.bank.parameters).all()
+    for name, array in unseen.slots.state().items():
+        np.testing.assert_array_equal(array, seen.slots.state()[name], err_msg=name)
+    assert BLENDED[unseen.slots.stage].any()
+
+
+def test_no_step_and_no_episode_makes_what_is_kept_of_hosts_anew():
+    """Parameters, momentum, statistics and everything known of slots stay where they were allocated."""
+    hosts = fresh()
+
+    def places():
+        bank = hosts.bank
+        tensors = [bank.parameters, bank.momentum]
+        tensors += [tensor for each in bank.statistics for tensor in (each.mean, each.variance)]
+        arrays = {name: getattr(hosts, name) for name in hosts._ARRAYS}
+        arrays |= {name: getattr(hosts.slots, name) for name in hosts.slots.state()}
+        return [tensor.data_ptr() for tensor in tensors], {name: id(array) for name, array in arrays.items()}
+
+    before = places()
+    played(hosts, 20)
+    hosts.start(np.arange(2), [5, 6], [1, 1])
+    played(hosts, 3)
+    assert places() == before
+
+
+def test_shaping_uses_the_gamma_that_the_host_was_given():
+    """The learner's own; with another one, shaping would change which policy is best."""
+    paid, reached = {}, 0.0
+    for gamma in (0.9, 0.98):
+        hosts = GrowingHosts(1, SMALL, gamma=gamma)
+        hosts.start(np.arange(1), [0], [0])
+        for op in (Op.GERMINATE, Op.ADVANCE):
+            give(hosts, op=op, slot=1)
+        paid[gamma] = give(hosts, op=Op.WAIT).reward_parts["shaping"][0]
+        reached = potential(hosts.slots.stage, hosts.slots.epochs_in_stage, SMALL.reward)[0]
+    # Of w (gamma phi(s') - phi(s)) the two differ by w 0.08 phi(s').
+    assert reached > 2
+    assert paid[0.98] - paid[0.9] == pytest.approx(SMALL.reward.potential_weight * 0.08 * reached)
+
+
+@pytest.mark.parametrize(("preset", "horizon", "training"), [("digits", 40, 4), ("digits-spec", 60, 10)])
+def test_the_presets_have_the_horizon_and_the_gate_that_they_promise(preset, horizon, training):
+    environment = config_file.load(preset).environment
+    assert (environment.max_epochs, environment.training_epochs_min) == (horizon, training)
+    assert (environment.prune_age_min, environment.embargo_epochs, environment.gates) == (5, 5, "permissive")
+    assert (environment.reward.mode, environment.reward.family) == ("basic", "contribution")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import unicodedata
-from typing import get_args
 
 import numpy as np
 import pytest
@@ -16,8 +15,7 @@ from scipy.ndimage import gaussian_filter
 from esper_simic import seeding
 from esper_simic.config_environment import TASK_NAMES
 from esper_simic.errors import ConfigError, UnavailableError
-from esper_simic.growing_host.blueprints import form
-from esper_simic.growing_host.tasks import KINDS, Task, characters, load_task, mnist1d, registry, tables
+from esper_simic.growing_host.tasks import Task, characters, load_task, mnist1d, registry, tables
 from esper_simic.growing_host.tasks.synthetic import synthetic
 
 HERE = tuple(name for name in TASK_NAMES if name != "cifar10")
@@ -84,7 +82,6 @@ def test_the_digits_that_journals_were_written_with_stay_bit_by_bit():
 
 def test_every_name_of_the_configuration_has_its_loader():
     assert tuple(registry.BUILT_IN) == TASK_NAMES
-    assert get_args(form.Kind) == KINDS
 
 
 @pytest.mark.parametrize("name", HERE)

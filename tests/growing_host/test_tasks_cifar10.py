@@ -10,7 +10,7 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 
-from esper_simic.errors import UnavailableError
+from esper_simic.errors import ConfigError, UnavailableError
 from esper_simic.growing_host.tasks import check_task, load_task
 from esper_simic.growing_host.tasks.cifar10 import cifar10
 
@@ -76,7 +76,8 @@ def test_the_photographs_become_a_task(stand_in):
 
 def test_missing_files_are_named_with_their_place(stand_in):
     with pytest.raises(
-        UnavailableError, match=r"no intact cifar-10-batches-py in the folder 'empty' .*cifar10:FOLDER"
+        ConfigError,
+        match=r"environment.task: .* no intact cifar-10-batches-py in the folder 'empty' .*cifar10:FOLDER",
     ):
         load_task("cifar10:empty")
 
@@ -84,7 +85,7 @@ def test_missing_files_are_named_with_their_place(stand_in):
 def test_a_missing_torchvision_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchvision", None)
     monkeypatch.setitem(sys.modules, "torchvision.datasets", None)
-    with pytest.raises(UnavailableError, match=r"task 'cifar10' needs torchvision.*pip install torchvision"):
+    with pytest.raises(ConfigError, match=r"task 'cifar10' needs torchvision.*pip install torchvision"):
         load_task("cifar10:nowhere")
 
 

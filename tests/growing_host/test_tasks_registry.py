@@ -13,7 +13,7 @@ import pytest
 
 from esper_simic.config import parse
 from esper_simic.config_environment import REGISTERED_TASKS, TASK_NAMES, EnvironmentConfig, task_names
-from esper_simic.errors import ConfigError, ContractError
+from esper_simic.errors import ConfigError, ContractError, UnavailableError
 from esper_simic.growing_host.tasks import Loader, Task, check_task, load_task, register_task
 
 MODULE = """
@@ -121,18 +121,18 @@ def test_no_package_takes_the_place_of_a_built_in_task(site):
 
 
 @pytest.mark.parametrize(
-    ("entry", "error", "problem"),
+    ("entry", "problem"),
     [
-        ("Spirals = whirl_tasks:spirals", ConfigError, "'Spirals' is no name for a task"),
-        ("spirals = whirl_tasks:spiral", ConfigError, "'spirals' of whirl .* cannot be loaded"),
-        ("spirals = whirled_tasks:spirals", ConfigError, "cannot be loaded: No module named 'whirled_tasks'"),
-        ("spirals = whirl_tasks:not_a_loader", ContractError, "is a int, not a loader"),
-        ("other = whirl_tasks:spirals", ContractError, "task 'other': name is 'spirals'"),
+        ("Spirals = whirl_tasks:spirals", "'Spirals' is no name for a task"),
+        ("spirals = whirl_tasks:spiral", "'spirals' of whirl .* cannot be loaded"),
+        ("spirals = whirled_tasks:spirals", "cannot be loaded: No module named 'whirled_tasks'"),
+        ("spirals = whirl_tasks:not_a_loader", "is a int, not a loader"),
+        ("other = whirl_tasks:spirals", "task 'other': name is 'spirals'"),
     ],
 )
-def test_broken_entry_points_are_refused_by_name(site, entry, error, problem):
+def test_broken_entry_points_are_refused_by_name(site, entry, problem):
     install(site, "whirl", entry)
-    with pytest.raises(error, match=problem):
+    with pytest.raises(ConfigError, match=problem):
         load_task(entry.partition(" ")[0].lower())
 
 
@@ -240,7 +240,7 @@ def holed(value: float) -> np.ndarray:
 )
 def test_each_broken_field_is_refused_by_name(field, value, problem):
     register_task("mine", lambda: vector_task(**{field: value}))
-    with pytest.raises(ContractError, match=f"task 'mine': {field} {problem}"):
+    with pytest.raises(ConfigError, match=f"environment.task: task 'mine': {field} {problem}"):
         load_task("mine")
 
 
@@ -266,5 +266,31 @@ def test_a_series_has_a_height_of_one():
 
 def test_what_is_no_task_at_all_is_refused():
     register_task("mine", cast("Loader", dict))
-    with pytest.raises(ContractError, match="task 'mine': its loader returned a dict, not a Task"):
+    with pytest.raises(ConfigError, match="task 'mine': its loader returned a dict, not a Task"):
         load_task("mine")
+
+
+@pytest.mark.parametrize(
+    ("error", "problem"),
+    [
+        (
+            UnavailableError("task 'mine' needs a disk: put one in"),
+            "environment.task: task 'mine' needs a disk",
+        ),
+        (FileNotFoundError(2, "No such file", "mine.npz"), "'mine:big' .* FileNotFoundError: .*mine.npz"),
+        (ModuleNotFoundError("No module named 'sound'"), "'mine:big' cannot be loaded: .* named 'sound'"),
+    ],
+)
+def test_what_a_loader_lacks_is_a_matter_of_configuration(error, problem):
+    """A run ends at once of it, with status 78; any other error is a bug of the loader, and its trace is wanted."""
+
+    def loader(parameters):
+        raise error
+
+    register_task("mine", loader)
+    with pytest.raises(ConfigError, match=problem) as caught:
+        load_task("mine:big")
+    assert caught.value.key == "environment.task"
+    error = KeyError("a bug")
+    with pytest.raises(KeyError):
+        load_task("mine:big")

@@ -6,14 +6,25 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from esper_simic.comparison import mean_interval
+from esper_simic.comparison import interquartile_mean, mean_interval
 from esper_simic.config import Config
 from esper_simic.errors import ContractError
-from esper_simic.evaluation import LEARNED, evaluate, held_out_seeds
+from esper_simic.evaluation import (
+    FIXED,
+    LEARNED,
+    EpisodeOutcome,
+    PolicyOutcome,
+    baseline_names,
+    evaluate,
+    held_out_seeds,
+)
+from supervisor import events
 from supervisor.bus import Received, Server, ipc_endpoint, runtime_directory
+from supervisor.cli import EVALUATED
 from supervisor.protocol import ACCEPTS, Evaluate, Evaluated, Message, Noted, Progress, Ready, Stop, Stopped
 from supervisor.roles import evaluate as role
 from tests.roles.bench import RUN_ID, bench, make_config, spec_of
@@ -112,6 +123,15 @@ def test_a_baseline_is_measured_on_the_held_out_seeds_of_the_run(
         interval = mean_interval(values)
         summary = (told.summary[f"{name}_mean"], told.summary[f"{name}_low"], told.summary[f"{name}_high"])
         assert summary == (interval.mean, interval.low, interval.high)
+        assert told.summary[f"{name}_iqm"] == interquartile_mean(values)
+        assert (
+            told.summary[f"{name}_iqm_low"] <= told.summary[f"{name}_iqm"] <= told.summary[f"{name}_iqm_high"]
+        )
+
+
+def test_all_that_a_run_orders_can_be_measured() -> None:
+    assert (events.LEARNED, events.FIXED) == (LEARNED, FIXED)
+    assert sorted(EVALUATED) == sorted((LEARNED, FIXED, *baseline_names()))
 
 
 def test_it_measures_one_after_the_other_and_leaves_in_order(evaluator: Evaluator) -> None:
@@ -153,8 +173,40 @@ def test_the_learned_policy_comes_from_its_checkpoint(
         assert told.returns == tuple(episode.episode_return for episode in expected.episodes)
 
 
+def test_fixed_networks_are_those_that_the_learned_policy_grows(
+    tmp_path: Path, evaluator: Evaluator, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They earn nothing, so neither the returns nor the summary say anything of returns."""
+    measured: list[tuple[str, list[EpisodeOutcome] | None]] = []
+
+    def noted(
+        name: str, *arguments: Any, reference: list[EpisodeOutcome] | None, **named: Any
+    ) -> PolicyOutcome:
+        measured.append((name, reference))
+        return evaluate(name, *arguments, reference=reference, **named)
+
+    monkeypatch.setattr(role, "evaluate", noted)
+    with bench(tmp_path / "learner", *SMALL) as held:
+        saved = held.checkpointer.save(held.loop.learner)
+        told = evaluator.measure(FIXED, saved.path)
+        trainer = config.simic_trainer
+        seeds = held_out_seeds(trainer.seed, EPISODES)
+        grown = evaluate(
+            LEARNED, config.environment, seeds, gamma=trainer.gamma, policy=held.loop.learner.policy
+        )
+        expected = evaluate(FIXED, config.environment, seeds, gamma=trainer.gamma, reference=grown.episodes)
+    assert measured == [(LEARNED, None), (FIXED, grown.episodes)]
+    assert told.policy == FIXED
+    assert told.returns == ()
+    assert told.accuracies == tuple(episode.accuracy for episode in expected.episodes)
+    assert told.parameters == tuple(float(episode.parameters_added) for episode in expected.episodes)
+    assert not [name for name in told.summary if name.startswith("return")]
+    assert told.summary["accuracy_iqm"] == interquartile_mean(told.accuracies)
+
+
+@pytest.mark.parametrize("policy", [LEARNED, FIXED])
 def test_without_its_checkpoint_the_learned_policy_is_not_measured(
-    evaluator: Evaluator, tmp_path: Path
+    evaluator: Evaluator, tmp_path: Path, policy: str
 ) -> None:
     with pytest.raises(ContractError, match=r"manifest\.json"):
-        evaluator.measure(LEARNED, str(tmp_path / "nowhere"))
+        evaluator.measure(policy, str(tmp_path / "nowhere"))

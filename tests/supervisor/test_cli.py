@@ -247,7 +247,9 @@ def test_status_of_an_ended_run_shows_its_results(door: Door, tmp_path: Path) ->
     said = door("status", record(tmp_path / "run", events))
     assert said.code == 3
     assert "digits finished" in said.out
-    assert "| never-grow | 5.00 [4.00, 6.00] | 5.0 [4.0, 6.0] | " in " ".join(said.out.split())
+    assert "| never-grow | 5.00 [5.00, 5.00] | 0.00 [0.00, 0.00] | 5.0 [5.0, 5.0] | " in " ".join(
+        said.out.split()
+    )
     assert "learned against random: no clear difference in return" in said.out
     assert said.out.isascii()
 
@@ -529,11 +531,16 @@ def test_run_obeys_its_options_and_reports(
     assert (trainer.seed, trainer.unroll_length) == (7, 5)
     assert (limits.max_seconds, limits.max_steps, limits.num_actors) == (12.5, 900, 1)
     assert yaml.safe_load(call.facts.config_text) == call.config.model_dump(mode="json")
-    assert call.facts.evaluation_policies == ("learned", "heuristic", "patient", "random", "never-grow")
+    assert call.facts.evaluation_policies == cli.EVALUATED
+    assert cli.EVALUATED[:3] == ("learned", "fixed-network", "heuristic")
     assert set(call.facts.versions) >= {"simic", "torch", "pyzmq"}
     text = " ".join(said.out.split())
-    assert text.index("| learned | 9.00 [8.00, 10.00] |") < text.index("| random | 3.00 [2.00, 4.00] |")
-    assert "learned against random: higher in return, higher in host accuracy" in text
+    learned, rival = (
+        "| learned | 9.00 [9.00, 9.00] | - |",
+        "| random | 3.00 [3.00, 3.00] | +6.00 [+6.00, +6.00] |",
+    )
+    assert text.index(learned) < text.index(rival)
+    assert "learned against random: higher in return, host accuracy, parameters added" in text
     assert "run run-1 finished: the run is complete" in text
     assert "simic-supervisor run --preset digits --seed 8 --config mine.yaml" in text
 

@@ -17,7 +17,7 @@ import msgspec
 import pytest
 
 from esper_simic.events import LearnerStepped, RunStarted
-from supervisor.events import PolicyEvaluated, RunFinished
+from supervisor.events import FIXED, PolicyEvaluated, RunFinished
 from supervisor.files import exclusive_lock
 from supervisor.journal import Journal, read
 from supervisor.report import gather, page
@@ -265,6 +265,39 @@ def test_an_episode_that_cannot_be_read_leaves_the_rest_standing(
     document = read_page(target / "report.html")
     assert "The newest episode cannot be read: " in document.text
     assert document.labels[0].startswith("return over environment steps")
+
+
+def test_fixed_networks_are_drawn_beside_the_front_of_what_grew(door: Door, tmp_path: Path) -> None:
+    world = training()
+    outcomes = {
+        "learned": (60.0, 200.0),
+        "never-grow": (20.0, 0.0),
+        "random": (15.0, 50.0),
+        FIXED: (90.0, 200.0),
+    }
+    world.events += [
+        PolicyEvaluated(
+            at_s=5.0,
+            policy=name,
+            returns=() if name == FIXED else (accuracy / 10,) * 3,
+            accuracies=(accuracy,) * 3,
+            parameters=(parameters,) * 3,
+            summary={},
+        )
+        for name, (accuracy, parameters) in outcomes.items()
+    ]
+    write_supervisor(tmp_path, world)
+    assert door("report", tmp_path).code == 0
+    document = read_page(tmp_path / "report.html")
+    classes = Counter(value for tag, name, value in document.attributes if (tag, name) == ("circle", "class"))
+    assert classes["dot beside"] == 1
+    assert "learned and never-grow are on the front" in document.text
+    assert "hollow: fixed-network, what learned grew, trained whole from the start" in document.text
+    assert "learned against fixed-network, on the same 3 seeds: host accuracy lower" in document.text
+    labels = [label for label in document.labels if "return" in label]
+    assert labels
+    assert all(FIXED not in label for label in labels), "nobody acted"
+    assert any(f"{FIXED} 90.0" in label for label in document.labels)
 
 
 # Whoever wrote it

@@ -9,8 +9,9 @@ import pytest
 
 from esper_simic import seeding
 from esper_simic.comparison import bootstrap_interval, interquartile_mean, mean_interval, paired
-from supervisor.events import PolicyEvaluated
-from supervisor.report.figures import Row, against_words, chance, compare, sentences
+from supervisor.events import FIXED, PolicyEvaluated
+from supervisor.report.figures import against_words, sentences
+from supervisor.standings import Row, chance, compare
 
 SEEDS = 24
 
@@ -116,6 +117,32 @@ def test_the_front_is_of_more_accuracy_with_fewer_parameters() -> None:
     )
     assert {row.name for row in all_three if row.is_on_front} == {"small", "large"}
     assert all(row.is_on_front for row in found.values())
+
+
+def test_fixed_networks_stand_beside_the_front_and_earn_no_return() -> None:
+    """They would dominate everything here, and take no one's place on the front of what growing can have."""
+    best = evaluated(FIXED, 9.0)
+    whole = PolicyEvaluated(
+        at_s=1.0,
+        policy=FIXED,
+        returns=(),
+        accuracies=best.accuracies,
+        parameters=(0.0,) * SEEDS,
+        summary={},
+    )
+    found = compare({"learned": evaluated("learned", 3.0), "small": evaluated("small", 1.0), FIXED: whole}, 7)
+    assert [row.name for row in found] == ["learned", "small", FIXED], "who earns nothing stands last"
+    assert [row.is_on_front for row in found] == [True, True, False]
+    beside = found[-1]
+    assert beside.episodes == SEEDS
+    assert set(beside.against) == {"accuracy", "parameters"}
+    said = sentences(found)
+    assert any(
+        sentence.startswith("learned against fixed-network, on the same 24 seeds: host accuracy lower")
+        for sentence in said
+    )
+    assert said[-1].startswith("learned and small are on the front")
+    assert not any("front" in sentence for sentence in sentences([beside, beside]))
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import msgspec
 import pytest
 from rich.console import Console
 
-from supervisor.events import CheckpointReported, PolicyEvaluated
+from supervisor.events import CheckpointReported
 from supervisor.outcome import RunOutcome
 from supervisor.view import (
     LiveView,
@@ -23,11 +23,9 @@ from supervisor.view import (
     processes,
     report,
     show,
-    show_results,
     status_page,
     tell,
     time_left_s,
-    verdict,
 )
 from supervisor.vitals import EnvironmentView, LearnerView, ProcessView, Snapshot
 
@@ -88,26 +86,6 @@ def snapshot(**changes: Any) -> Snapshot:
 def at(elapsed_s: float, steps: int, **changes: Any) -> Snapshot:
     environment = EnvironmentView(steps=steps)
     return snapshot(elapsed_s=elapsed_s + 2, training_elapsed_s=elapsed_s, environment=environment, **changes)
-
-
-def evaluated(mean: float, half: float, accuracy: float, parameters: float) -> PolicyEvaluated:
-    figures = {"return": (mean, half), "accuracy": (accuracy, 1.0), "parameters": (parameters, 10.0)}
-    summary = {
-        f"{key}_{part}": value
-        for key, (middle, width) in figures.items()
-        for part, value in (("mean", middle), ("low", middle - width), ("high", middle + width))
-    }
-    return PolicyEvaluated(
-        at_s=1.0, policy="x", returns=(mean,) * 64, accuracies=(), parameters=(), summary=summary
-    )
-
-
-RESULTS = {
-    "learned": evaluated(5.0, 0.5, 80.0, 500.0),
-    "heuristic": evaluated(4.0, 0.4, 80.5, 900.0),
-    "patient": evaluated(7.0, 1.0, 85.0, 505.0),
-    "never-grow": evaluated(-0.5, 0.1, 40.0, 0.0),
-}
 
 
 def terminal(width: int = 100) -> tuple[Console, io.StringIO]:
@@ -209,9 +187,8 @@ def test_a_line_tells_steps_rate_return_losses_lag_memory_and_time_left() -> Non
 def test_off_a_terminal_nothing_is_coloured_cut_wrapped_or_beyond_ascii(width: int) -> None:
     console, out = pipe(width)
     LiveView(console).show(snapshot(), 1.0)
-    show_results(console, RESULTS)
     show(console, status_page(snapshot(reason="a long reason " * 20, checkpoint="/a/[b]/c")))
-    report(console, Path("/runs/a b"), OUTCOME, tuple(RESULTS), "run --seed 1")
+    report(console, Path("/runs/a b"), OUTCOME, "run --seed 1")
     tell(console, "[bold]x[/bold] " * 30)
     text = out.getvalue()
     assert text.isascii()
@@ -221,7 +198,6 @@ def test_off_a_terminal_nothing_is_coloured_cut_wrapped_or_beyond_ascii(width: i
     assert text.count("a long reason ") == 20
     assert "reason      " + "a long reason " * 20 in text
     assert "/a/[b]/c" in text
-    assert re.search(r"\| never-grow +\| +-0.50 \[-0.60, -0.40\] \| +40.0 \[39.0, 41.0\] \|", text)
 
 
 # A run that went on
@@ -400,53 +376,7 @@ def test_a_dumb_terminal_gets_lines() -> None:
     assert out.getvalue() == line(snapshot(), 1.0) + "\n"
 
 
-# Results
-
-
-def test_the_table_shows_return_accuracy_and_parameters_with_intervals() -> None:
-    console, out = pipe()
-    show_results(console, RESULTS, order=("never-grow", "learned"))
-    lines = out.getvalue().splitlines()
-    assert lines[0].strip() == "64 held-out episodes each, same seeds; mean [95 % interval]"
-    cells = [[cell.strip() for cell in text.split("|")[1:-1]] for text in lines if text.startswith("| ")]
-    assert cells == [
-        ["policy", "return", "host accuracy %", "parameters added"],
-        ["never-grow", "-0.50 [-0.60, -0.40]", "40.0 [39.0, 41.0]", "0 [-10, 10]"],
-        ["learned", "5.00 [4.50, 5.50]", "80.0 [79.0, 81.0]", "500 [490, 510]"],
-        ["heuristic", "4.00 [3.60, 4.40]", "80.5 [79.5, 81.5]", "900 [890, 910]"],
-        ["patient", "7.00 [6.00, 8.00]", "85.0 [84.0, 86.0]", "505 [495, 515]"],
-    ]
-
-
-def test_a_narrow_terminal_folds_the_table_and_loses_no_figure() -> None:
-    console, out = terminal(width=50)
-    show_results(console, RESULTS)
-    text = plain(out.getvalue())
-    assert "…" not in text
-    for figure in ("-0.50", "-0.60", "-0.40", "900", "890", "910", "85.0", "never-grow"):
-        assert figure in text
-
-
-def test_the_verdict_says_above_below_or_neither_in_each_figure() -> None:
-    assert verdict(RESULTS) == [
-        "learned against heuristic: higher in return, no clear difference in host accuracy, lower in parameters added",
-        "learned against patient: lower in return, lower in host accuracy, no clear difference in parameters added",
-        "learned against never-grow: higher in return, higher in host accuracy, higher in parameters added",
-    ]
-
-
-def test_intervals_that_touch_are_no_clear_difference() -> None:
-    touching = {"learned": evaluated(2.0, 0.5, 50.0, 100.0), "random": evaluated(1.0, 0.5, 48.0, 120.0)}
-    assert verdict(touching) == [
-        "learned against random: "
-        + ", ".join(
-            f"no clear difference in {what}" for what in ("return", "host accuracy", "parameters added")
-        )
-    ]
-
-
-def test_without_the_learned_policy_there_is_no_verdict() -> None:
-    assert verdict({"random": RESULTS["never-grow"]}) == []
+# The end
 
 
 OUTCOME = RunOutcome(
@@ -454,7 +384,7 @@ OUTCOME = RunOutcome(
     exit_code=0,
     outcome="finished",
     reason="max_seconds",
-    evaluations=RESULTS,
+    evaluations={},
     checkpoint=CheckpointReported(
         at_s=1.0, path="/runs/a b/checkpoints/step-7", learner_step=7, environment_steps=70, digest="abc"
     ),
@@ -463,12 +393,13 @@ OUTCOME = RunOutcome(
 
 def test_the_report_names_outcome_checkpoint_and_what_to_do_next() -> None:
     console, out = pipe()
-    report(console, Path("/runs/a b"), OUTCOME, ("learned",), "run --preset digits --seed 8")
+    report(console, Path("/runs/a b"), OUTCOME, "run --preset digits --seed 8")
     lines = out.getvalue().splitlines()
     assert lines[lines.index("run run-1 finished: max_seconds") :] == [
         "run run-1 finished: max_seconds",
         "checkpoint: /runs/a b/checkpoints/step-7 (update 7, 70 environment steps, state digest abc)",
         "next:",
+        "  simic-supervisor report '/runs/a b'",
         "  simic-supervisor status '/runs/a b'",
         "  simic-supervisor log verify '/runs/a b' --owner learner-0",
         "  tensorboard --logdir '/runs/a b/tensorboard'",
@@ -481,7 +412,7 @@ def test_the_report_of_a_failed_run_names_the_logs_and_shows_no_table() -> None:
         OUTCOME, outcome="failed", exit_code=1, reason="the learner died", evaluations={}, checkpoint=None
     )
     console, out = pipe()
-    report(console, Path("/runs/a"), failed, (), "run")
+    report(console, Path("/runs/a"), failed, "run")
     assert out.getvalue().splitlines()[1:3] == [
         "run run-1 failed: the learner died",
         "logs of the processes: /runs/a/logs",
@@ -491,7 +422,7 @@ def test_the_report_of_a_failed_run_names_the_logs_and_shows_no_table() -> None:
 @pytest.mark.parametrize("outcome", ["stopped", "failed"])
 def test_the_report_of_a_run_that_can_go_on_says_how_first(outcome: Any) -> None:
     console, out = pipe()
-    report(console, Path("/runs/a b"), msgspec.structs.replace(OUTCOME, outcome=outcome), (), "run")
+    report(console, Path("/runs/a b"), msgspec.structs.replace(OUTCOME, outcome=outcome), "run")
     lines = out.getvalue().splitlines()
     assert lines[lines.index("next:") + 1] == "  simic-supervisor run --resume '/runs/a b'"
 

@@ -18,6 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from esper_simic.events import CheckpointSaved, ExperienceAdmitted, LearnerRecovered, LearnerStepped
 from supervisor import checkpoints
+from supervisor.cli import EVALUATED
 from supervisor.journal import Record, read
 from supervisor.vitals import ProcessView, Snapshot
 from tests.system.driver import (
@@ -35,7 +36,7 @@ from tests.system.driver import (
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(600)]
 
 ACTORS = 2
-POLICIES = ["learned", "heuristic", "patient", "random", "never-grow"]
+POLICIES = list(EVALUATED)
 COMMAND = {
     "supervisor__num_actors": ACTORS,
     "supervisor__restart_backoff_s": 0.05,

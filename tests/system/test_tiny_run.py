@@ -19,7 +19,7 @@ from esper_simic.learner import Learner
 from esper_simic.learner_state import digest
 from supervisor import checkpoints
 from supervisor.config_file import config_of
-from supervisor.events import PolicyEvaluated
+from supervisor.events import FIXED, LEARNED, PolicyEvaluated
 from supervisor.journal import Record, read
 from supervisor.roles.evaluate import load_policy
 from supervisor.roles.fold import LearnerFold
@@ -28,7 +28,11 @@ from tests.system.driver import left_after, output_path, running, say
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(300)]
 
-POLICIES = ("learned", "heuristic", "patient", "random", "never-grow")
+POLICIES = (
+    LEARNED,
+    FIXED,
+    *("heuristic", "patient", "fixed-schedule", "farm", "random", "never-grow"),
+)
 MAX_STEPS = 400
 EPISODES = 4
 
@@ -61,13 +65,18 @@ def test_it_ends_well_and_leaves_no_process(tiny: Tiny) -> None:
     assert tiny.left == []
 
 
-def test_its_table_holds_five_policies_with_return_accuracy_and_parameters_together(tiny: Tiny) -> None:
+def test_its_table_holds_all_policies_with_return_accuracy_and_parameters_together(tiny: Tiny) -> None:
     rows = [line for line in tiny.output.splitlines() if line.startswith("| ")]
     header, *body = [[cell.strip() for cell in row.strip("| ").split("|")] for row in rows]
-    assert header == ["policy", "return", "host accuracy %", "parameters added"]
+    assert header == ["policy", "return", "learned minus it", "host accuracy %", "parameters added"]
     assert [row[0] for row in body] == list(POLICIES)
-    for row in body:
-        assert all("[" in cell and "]" in cell for cell in row[1:]), "every figure with its interval"
+    for name, earned, ahead, *others in body:
+        assert (earned == "-") == (name == FIXED), "nobody acts in a fixed network"
+        assert (ahead == "-") == (name in (FIXED, LEARNED))
+        shown = [cell for cell in (earned, ahead) if cell != "-"]
+        assert all("[" in cell and "]" in cell for cell in (*shown, *others)), (
+            "every figure with its interval"
+        )
     assert f"{EPISODES} held-out episodes each" in tiny.output
 
 
@@ -76,11 +85,16 @@ def test_the_table_tells_what_the_journal_holds(tiny: Tiny) -> None:
     measured = {event.policy: event for event in events}
     assert set(measured) == set(POLICIES)
     for name, event in measured.items():
-        assert len(event.returns) == len(event.accuracies) == len(event.parameters) == EPISODES
-        interval = mean_interval(event.returns)
+        assert len(event.accuracies) == len(event.parameters) == EPISODES
+        assert len(event.returns) == (0 if name == FIXED else EPISODES)
         (row,) = [line for line in tiny.output.splitlines() if line.startswith(f"| {name} ")]
-        assert f"{interval.mean:.2f} [{interval.low:.2f}, {interval.high:.2f}]" in row
+        interval = mean_interval(event.accuracies)
+        assert f"{interval.mean:.1f} [{interval.low:.1f}, {interval.high:.1f}]" in row
+        if name != FIXED:  # a table made of the journal has the figures that the evaluator found
+            middle, low, high = (event.summary[f"return_iqm{end}"] for end in ("", "_low", "_high"))
+            assert f"{middle:.2f} [{low:.2f}, {high:.2f}]" in row
     assert set(measured["never-grow"].parameters) == {0.0}
+    assert measured[FIXED].parameters == measured[LEARNED].parameters
 
 
 def test_the_same_directory_is_reported_again_and_not_run_again(tiny: Tiny) -> None:

@@ -6,9 +6,10 @@ rows of all seeds of that blueprint in one slot, `[n, P]`, and computes them as 
 
 from __future__ import annotations
 
+from esper_simic.config_environment import Kind
 from esper_simic.growing_host.blueprints.catalogue import CATALOGUE, blueprint, probe
 from esper_simic.growing_host.blueprints.convolutional import normalisation_groups
-from esper_simic.growing_host.blueprints.form import Blueprint, Form, Kind, Piece, initial_row, residual
+from esper_simic.growing_host.blueprints.form import Blueprint, Form, Piece, initial_row, residual
 
 __all__ = [
     "CATALOGUE",

@@ -35,9 +35,10 @@ from typing import Final
 
 import torch
 
+from esper_simic.config_environment import Kind
 from esper_simic.errors import ConfigError, ContractError
 from esper_simic.growing_host.blueprints import convolutional, sequence
-from esper_simic.growing_host.blueprints.form import Blueprint, Form, Kind
+from esper_simic.growing_host.blueprints.form import Blueprint, Form
 
 
 def _pictures(image: Form, series: Form) -> dict[Kind, Form]:

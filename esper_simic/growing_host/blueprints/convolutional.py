@@ -12,7 +12,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from esper_simic.growing_host.blueprints.form import Form, Kind, Piece, residual
+from esper_simic.config_environment import Kind
+from esper_simic.growing_host.blueprints.form import Form, Piece, residual
 from esper_simic.growing_host.convolutions import convolve
 from esper_simic.growing_host.functional import group_norm, patches, pointwise_convolution
 

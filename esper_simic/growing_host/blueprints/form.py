@@ -19,10 +19,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from esper_simic.config_environment import Kind
 from esper_simic.errors import ConfigError
-
-Kind = Literal["image", "series", "vector", "tokens"]
-"""What features are: pixels `H x W`; a series along W (H = 1); one position; a text along W (H = 1), read causally."""
 
 
 @dataclass(frozen=True, slots=True)

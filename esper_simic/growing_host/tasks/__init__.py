@@ -7,10 +7,11 @@ same samples. The validation samples are ordered so that any prefix of them is b
 
 from __future__ import annotations
 
+from esper_simic.config_environment import KINDS, Kind
 from esper_simic.growing_host.tasks.checks import check_task
 from esper_simic.growing_host.tasks.registry import Loader, load_task, register_task
 from esper_simic.growing_host.tasks.splits import VALIDATION_SHARE, in_turns, split_task, stratified_split
-from esper_simic.growing_host.tasks.task import KINDS, Kind, Task
+from esper_simic.growing_host.tasks.task import Task
 
 __all__ = [
     "KINDS",

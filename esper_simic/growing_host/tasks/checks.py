@@ -7,8 +7,9 @@ from typing import Any, Final, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from esper_simic.config_environment import KINDS, Kind
 from esper_simic.errors import ContractError
-from esper_simic.growing_host.tasks.task import ARRAYS, KINDS, Kind, Task
+from esper_simic.growing_host.tasks.task import ARRAYS, Task
 
 ONES: Final[dict[Kind, tuple[int, ...]]] = {"image": (), "series": (2,), "vector": (2, 3), "tokens": ()}
 """Axes of the inputs that must be 1 long."""

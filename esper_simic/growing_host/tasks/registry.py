@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from esper_simic.config_environment import REGISTERED_TASKS, TASK_GROUP, TASK_NAMES, task_names
-from esper_simic.errors import ConfigError, ContractError
+from esper_simic.errors import ConfigError, ContractError, UnavailableError
 from esper_simic.growing_host.tasks.characters import characters
 from esper_simic.growing_host.tasks.checks import check_task
 from esper_simic.growing_host.tasks.cifar10 import cifar10
@@ -71,14 +71,14 @@ def load_task(name: str) -> Task:
     """The task of this name, loaded and checked once a process; its arrays are read-only.
 
     Raises:
-        ConfigError: No task has this name, two have it, or its parameters do not fit.
-        ContractError: Its loader returned something that is no proper task.
-        UnavailableError: What it needs is not installed on this machine.
+        ConfigError: No task has this name, two have it, its parameters do not fit, what it needs is not on this
+            machine, or its loader returned something that is no proper task. None of this mends itself: a process of
+            a run that meets it ends the run.
     """
     base, colon, parameters = name.partition(":")
     loader, arguments = _loader(base), (parameters,) if colon else ()
     _check_arguments(name, loader, arguments)
-    task = check_task(base, loader(*arguments))
+    task = _checked(name, loader, arguments)
     return dataclasses.replace(
         task,
         train_inputs=_kept(task.train_inputs),
@@ -86,6 +86,16 @@ def load_task(name: str) -> Task:
         validation_inputs=_kept(task.validation_inputs),
         validation_labels=_kept(task.validation_labels),
     )
+
+
+def _checked(name: str, loader: Loader, arguments: tuple[str, ...]) -> Task:
+    """What the loader returns, if it is a proper task."""
+    try:
+        return check_task(name.partition(":")[0], loader(*arguments))
+    except (ContractError, UnavailableError) as error:
+        raise ConfigError(str(error), KEY) from error
+    except (ImportError, OSError) as error:  # loaders of other packages need not know of our errors
+        raise ConfigError(f"task {name!r} cannot be loaded: {type(error).__name__}: {error}", KEY) from error
 
 
 def _loader(name: str) -> Loader:
@@ -101,7 +111,7 @@ def _loader(name: str) -> Loader:
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"task {name!r}: {_origin(entry)} cannot be loaded: {error}", KEY) from error
     if not callable(loader):
-        raise ContractError(f"task {name!r}: {_origin(entry)} is a {type(loader).__name__}, not a loader")
+        raise ConfigError(f"task {name!r}: {_origin(entry)} is a {type(loader).__name__}, not a loader", KEY)
     return cast("Loader", loader)
 
 

@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from esper_simic import seeding
-from esper_simic.growing_host.tasks.task import Kind, Task
+from esper_simic.config_environment import Kind
+from esper_simic.growing_host.tasks.task import Task
 
 VALIDATION_SHARE: Final = 0.25
 """Share of each class that is held out."""

@@ -15,9 +15,10 @@ from typing import Final
 import numpy as np
 
 from esper_simic import seeding
+from esper_simic.config_environment import Kind
 from esper_simic.errors import ConfigError
 from esper_simic.growing_host.tasks.splits import VALIDATION_SHARE, stratified_split
-from esper_simic.growing_host.tasks.task import Kind, Task
+from esper_simic.growing_host.tasks.task import Task
 
 DEFAULT_SIZE: Final = "3x32x32:10:2048"
 CLASSES: Final = 10

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import Any, Final, Literal, get_args
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-Kind = Literal["image", "series", "vector", "tokens"]
-"""What the samples are; it decides which hosts and blueprints take them."""
-
-KINDS: Final[tuple[Kind, ...]] = get_args(Kind)
+from esper_simic.config_environment import Kind
 
 ARRAYS: Final = ("train_inputs", "train_labels", "validation_inputs", "validation_labels")
 """The fields of a task that hold its data."""

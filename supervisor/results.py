@@ -1,0 +1,112 @@
+"""What a run's policies came to, on a console: one table, and a sentence on each rival.
+
+Whoever imports this brings numpy and scipy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from supervisor.events import LEARNED, PolicyEvaluated
+from supervisor.standings import FIGURES, Figure, Row, compare
+from supervisor.view import show, tell
+
+NOTHING: Final = "-"
+
+AHEAD: Final = "learned minus it"
+
+RELATION: Final = {1: "higher", -1: "lower", 0: "no clear difference"}
+
+
+def show_results(
+    console: Console, evaluations: Mapping[str, PolicyEvaluated], run_seed: int, order: Sequence[str] = ()
+) -> None:
+    """Print the table, policies in the given order and others after them by their returns, and the verdict under it.
+
+    Args:
+        console: Where.
+        evaluations: What was measured, by policy.
+        run_seed: Of the run; names the chance of the intervals.
+        order: Of the rows.
+    """
+    rows = {row.name: row for row in compare(evaluations, run_seed)}
+    ordered = [rows[name] for name in dict.fromkeys((*order, *rows)) if name in rows]
+    show(console, result_table(ordered, box.HEAVY_HEAD if console.is_terminal else box.ASCII))
+    for sentence in verdict(ordered):
+        tell(console, f"  {sentence}")
+
+
+def result_table(rows: Sequence[Row], border: box.Box = box.HEAVY_HEAD) -> Table:
+    """Return, host accuracy and added parameters of every policy, always the three together, with 95 % intervals.
+
+    Of returns, which are skewed, the interquartile mean with its bootstrap interval, and what the learned policy has
+    more, seed by seed; of the others the mean with Student's interval. Below 110 columns.
+    """
+    episodes = max((row.episodes for row in rows), default=0)
+    title = Text(
+        f"{episodes} held-out episodes each, same seeds; [95 % interval]\n"
+        f"return: interquartile mean ({AHEAD}: seed by seed); accuracy, parameters: mean"
+    )
+    table = Table(title=title, title_justify="left", box=border)
+    table.add_column("policy", overflow="fold")
+    heads = {figure.key: figure.label for figure in FIGURES} | {"accuracy": "host accuracy %"}
+    for head in (heads["return"], AHEAD, heads["accuracy"], heads["parameters"]):
+        table.add_column(head, justify="right", overflow="fold")
+    for row in rows:
+        cells = [_middle(row, FIGURES[0]), _ahead(row, FIGURES[0]), *(_mean(row, one) for one in FIGURES[1:])]
+        table.add_row(Text(row.name), *map(Text, cells), style="bold" if row.name == LEARNED else None)
+    return table
+
+
+def verdict(rows: Sequence[Row]) -> list[str]:
+    """A sentence on each rival: in which figures the learned policy has clearly more or less, seed by seed."""
+    sentences = []
+    for row in rows:
+        if not row.against:
+            continue
+        found: dict[str, list[str]] = {}
+        for figure in FIGURES:
+            if figure.key in row.against:
+                relation = RELATION[row.against[figure.key].interquartile_mean.sign()]
+                found.setdefault(relation, []).append(figure.label)
+        words = [f"{relation} in {', '.join(labels)}" for relation, labels in found.items()]
+        sentences.append(f"{LEARNED} against {row.name}: {'; '.join(words)}")
+    return sentences
+
+
+def _middle(row: Row, figure: Figure) -> str:
+    measured = row.figures[figure.key]
+    if measured.middle is None:
+        return number(measured.values[0], figure.digits) if measured.values else NOTHING
+    return _interval(measured.middle.value, measured.middle.low, measured.middle.high, figure.digits)
+
+
+def _mean(row: Row, figure: Figure) -> str:
+    measured = row.figures[figure.key]
+    if measured.mean is None:
+        return number(measured.values[0], figure.digits) if measured.values else NOTHING
+    return _interval(measured.mean.mean, measured.mean.low, measured.mean.high, figure.digits)
+
+
+def _ahead(row: Row, figure: Figure) -> str:
+    found = row.against.get(figure.key)
+    if found is None:
+        return NOTHING
+    ahead = found.interquartile_mean
+    return _interval(ahead.value, ahead.low, ahead.high, figure.digits, "+")
+
+
+def _interval(centre: float, low: float, high: float, digits: int, sign: str = "") -> str:
+    return f"{number(centre, digits, sign)} [{number(low, digits, sign)}, {number(high, digits, sign)}]"
+
+
+def number(value: float, digits: int, sign: str = "") -> str:
+    """In ASCII; what is rounded to zero has no sign."""
+    text = f"{value:{sign}.{digits}f}"
+    return text.lstrip("+-") if round(value, digits) == 0 else text
