@@ -174,7 +174,7 @@ def _respond(  # noqa: PLR0911 (a table)
 
 
 def _begin(state: RunState, observed: RunBegun, now_s: float, config: SupervisorConfig) -> Events:
-    """Begin a run, or go on with one that did not finish, however it ended."""
+    """Begin a run, or go on with one: however it ended, but not one that is finished under these limits."""
     facts: dict[str, Any] = {
         "at_s": now_s,
         "preset": observed.preset,
@@ -190,7 +190,7 @@ def _begin(state: RunState, observed: RunBegun, now_s: float, config: Supervisor
     begun: AnyEvent
     if state.phase is Phase.EMPTY:
         begun = RunStarted(run_id=observed.run_id, **facts)
-    elif state.phase is Phase.FINISHED:
+    elif is_done(state, config):
         return ()
     else:
         begun = RunResumed(goes_on=_goes_on(state, config), **facts)
@@ -213,12 +213,24 @@ def _goes_on(state: RunState, config: SupervisorConfig) -> GoesOn:
     ended, checkpoint = state.training_ended, state.checkpoint
     if ended is None or ended.reason == "requested" or state.training_started_s is None:
         return "training"
-    if state.started is None or any(limit_of(state.started, key) != getattr(config, key) for key in LIMITS):
+    if _are_limits_others(state, config):
         return "training"
     if checkpoint is not None and checkpoint.learner_step == 0:
         return "training"
     # If measuring failed, the checkpoint may be why: the learner makes another one of its journal.
     return "checkpoint" if checkpoint is None or state.failure else "evaluation"
+
+
+def is_done(state: RunState, config: SupervisorConfig) -> bool:
+    """Whether a run is finished and stays so: its training came to its limits, and they are the same now."""
+    return state.phase is Phase.FINISHED and not _are_limits_others(state, config)
+
+
+def _are_limits_others(state: RunState, config: SupervisorConfig) -> bool:
+    """Whether the training would end elsewhere now than under the configuration that it had."""
+    return state.started is None or any(
+        limit_of(state.started, key) != getattr(config, key) for key in LIMITS
+    )
 
 
 def _spawned(state: RunState, observed: ChildSpawned, now_s: float) -> Events:

@@ -13,6 +13,7 @@ from esper_simic.errors import UnavailableError
 from supervisor import files
 from supervisor.bus import runtime_directory
 from supervisor.clock import Clock
+from supervisor.decide import is_done
 from supervisor.events import (
     Role,
 )
@@ -21,7 +22,6 @@ from supervisor.outcome import RunOutcome, outcome_of, past_of
 from supervisor.processes import LocalPlacement
 from supervisor.resume import check_resumable
 from supervisor.signals import signal_inbox
-from supervisor.state import Phase
 
 ROLES: Final[dict[Role, str]] = {
     "learner": "supervisor.roles.learner:main",
@@ -46,8 +46,8 @@ def run(
 ) -> RunOutcome:
     """Train and evaluate in a run directory; returns when no child is left.
 
-    A directory with a finished run gives its outcome again; any other run in it goes on, however it ended. Must be
-    called in the main thread.
+    A directory with a run that is finished under the same limits gives its outcome again; any other run in it goes on,
+    however it ended. Must be called in the main thread.
 
     Args:
         run_dir: Made if missing; one supervisor at a time.
@@ -67,7 +67,7 @@ def run(
     with contextlib.ExitStack() as stack:
         stack.enter_context(_locked(run_dir))
         past = past_of(run_dir)
-        if past.phase is Phase.FINISHED:
+        if is_done(past, config.supervisor):
             return outcome_of(past)
         if past.started is not None:
             check_resumable(past.started.config, config)

@@ -18,6 +18,7 @@ from supervisor.events import (
     ChildScheduled,
     ExitReason,
     LearnerReported,
+    PolicyEvaluated,
     ProgressHeard,
     RunResumed,
     RunStarted,
@@ -240,6 +241,32 @@ def test_under_other_limits_a_training_that_had_ended_goes_on(changed: dict[str,
     run = evaluating()
     run.resume(**changed)
     assert (resumed(run).goes_on, run.state.phase) == ("training", Phase.STARTING)
+
+
+def measured_to_the_end(**config: Any) -> World:
+    run = evaluating(**config)
+    run.evaluate()
+    assert phase(run) is Phase.FINISHED
+    return run
+
+
+def test_a_finished_run_is_left_alone_under_the_limits_that_ended_it() -> None:
+    run = measured_to_the_end()
+    assert run.resume() == []
+    assert phase(run) is Phase.FINISHED
+
+
+@pytest.mark.parametrize("changed", [{"max_seconds": 120.0}, {"max_steps": 10**6}, {"max_updates": 10**6}])
+def test_under_other_limits_a_finished_run_is_trained_further_and_measured_anew(
+    changed: dict[str, float],
+) -> None:
+    run = measured_to_the_end()
+    assert run.resume(**changed)[0] == "RunResumed"
+    assert (resumed(run).goes_on, phase(run)) == ("training", Phase.STARTING)
+    assert (run.state.finished, run.state.evaluations) == (None, {})
+    come_to_an_end(run)
+    measured = [event.policy for event in run.events if isinstance(event, PolicyEvaluated)]
+    assert sorted(measured) == sorted([*POLICIES, *POLICIES])
 
 
 def test_the_same_limits_given_as_a_whole_number_are_the_same() -> None:
