@@ -38,6 +38,7 @@ from supervisor.cli_common import (
     fail,
 )
 from supervisor.clock import SystemClock
+from supervisor.decide import LIMITS
 from supervisor.events import FIXED, LEARNED
 from supervisor.loop import RunFacts
 from supervisor.outcome import past_of
@@ -71,6 +72,9 @@ EVALUATED: Final = (
 )
 """Policies measured at the end of a run, in the order of the table. The two dearest begin first: whoever trains the
 networks that the learned policy grew has to grow them again."""
+
+TRAINING_LIMITS: Final = frozenset(f"supervisor.{key}" for key in LIMITS)
+"""Keys by which a finished run is extended, where they are named on the command line."""
 
 DEFAULT_PRESET: Final = "digits"
 
@@ -169,6 +173,7 @@ def run(
         evaluation_policies=EVALUATED if evaluation else (),
         fingerprint={"python": platform.python_version(), "platform": sys.platform},
         versions={name: metadata.version(name) for name in VERSIONED},
+        is_extended=any(assignment.partition("=")[0].strip() in TRAINING_LIMITS for assignment in given),
     )
     console = view.SteadyConsole()
     display = _Display(console, directory)

@@ -174,7 +174,7 @@ def _respond(  # noqa: PLR0911 (a table)
 
 
 def _begin(state: RunState, observed: RunBegun, now_s: float, config: SupervisorConfig) -> Events:
-    """Begin a run, or go on with one: however it ended, but not one that is finished under these limits."""
+    """Begin a run, or go on with one: however it ended, but one that is finished only with other limits."""
     facts: dict[str, Any] = {
         "at_s": now_s,
         "preset": observed.preset,
@@ -190,7 +190,7 @@ def _begin(state: RunState, observed: RunBegun, now_s: float, config: Supervisor
     begun: AnyEvent
     if state.phase is Phase.EMPTY:
         begun = RunStarted(run_id=observed.run_id, **facts)
-    elif is_done(state, config):
+    elif is_done(state, config, is_extended=observed.is_extended):
         return ()
     else:
         begun = RunResumed(goes_on=_goes_on(state, config), **facts)
@@ -221,9 +221,9 @@ def _goes_on(state: RunState, config: SupervisorConfig) -> GoesOn:
     return "checkpoint" if checkpoint is None or state.failure else "evaluation"
 
 
-def is_done(state: RunState, config: SupervisorConfig) -> bool:
-    """Whether a run is finished and stays so: its training came to its limits, and they are the same now."""
-    return state.phase is Phase.FINISHED and not _are_limits_others(state, config)
+def is_done(state: RunState, config: SupervisorConfig, *, is_extended: bool) -> bool:
+    """Whether a run is finished and stays so: nobody names other limits for it than those that ended its training."""
+    return state.phase is Phase.FINISHED and not (is_extended and _are_limits_others(state, config))
 
 
 def _are_limits_others(state: RunState, config: SupervisorConfig) -> bool:

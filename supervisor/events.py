@@ -317,7 +317,10 @@ class Input(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RunBegun(Input, frozen=True, kw_only=True):
-    """The shell has the run directory and wants the run to begin with these facts, or to go on under them."""
+    """The shell has the run directory and wants the run to begin with these facts, or to go on under them.
+
+    `is_extended`: somebody named limits of the training, so a run that is finished under others goes on, too.
+    """
 
     run_id: str
     preset: str
@@ -327,6 +330,7 @@ class RunBegun(Input, frozen=True, kw_only=True):
     versions: dict[str, str]
     started_unix_s: float
     evaluation_policies: tuple[str, ...]
+    is_extended: bool = False
 
 
 class ChildSpawned(Input, frozen=True, kw_only=True):

@@ -93,6 +93,7 @@ class RunFacts(msgspec.Struct, frozen=True, kw_only=True):
 
     `fingerprint` and `versions` say on what its numbers depend, as far as it is known without importing the heavy
     libraries; the learner's journal completes the fingerprint. `evaluation_policies` are measured in this order.
+    `is_extended` says that limits of the training were named for this invocation, not left to preset or file.
     """
 
     preset: str
@@ -100,6 +101,7 @@ class RunFacts(msgspec.Struct, frozen=True, kw_only=True):
     evaluation_policies: tuple[str, ...]
     fingerprint: dict[str, str] = {}
     versions: dict[str, str] = {}
+    is_extended: bool = False
 
 
 class Supervisor:
@@ -182,6 +184,7 @@ class Supervisor:
                 versions=facts.versions,
                 started_unix_s=self._clock.now_s(),
                 evaluation_policies=facts.evaluation_policies,
+                is_extended=facts.is_extended,
             )
         )
         faults.point("supervisor.resume.after")

@@ -46,8 +46,8 @@ def run(
 ) -> RunOutcome:
     """Train and evaluate in a run directory; returns when no child is left.
 
-    A directory with a run that is finished under the same limits gives its outcome again; any other run in it goes on,
-    however it ended. Must be called in the main thread.
+    A directory with a finished run gives its outcome again, unless the run is extended to other limits; any other run
+    in it goes on, however it ended. Must be called in the main thread.
 
     Args:
         run_dir: Made if missing; one supervisor at a time.
@@ -67,7 +67,7 @@ def run(
     with contextlib.ExitStack() as stack:
         stack.enter_context(_locked(run_dir))
         past = past_of(run_dir)
-        if is_done(past, config.supervisor):
+        if is_done(past, config.supervisor, is_extended=facts.is_extended):
             return outcome_of(past)
         if past.started is not None:
             check_resumable(past.started.config, config)

@@ -252,7 +252,14 @@ def measured_to_the_end(**config: Any) -> World:
 
 def test_a_finished_run_is_left_alone_under_the_limits_that_ended_it() -> None:
     run = measured_to_the_end()
-    assert run.resume() == []
+    assert run.resume(True) == []
+    assert phase(run) is Phase.FINISHED
+
+
+def test_a_finished_run_is_left_alone_where_nobody_named_other_limits() -> None:
+    """Those of a preset are not what its own command said, and nobody asked for more of it."""
+    run = measured_to_the_end()
+    assert run.resume(max_seconds=3000.0) == []
     assert phase(run) is Phase.FINISHED
 
 
@@ -261,7 +268,7 @@ def test_under_other_limits_a_finished_run_is_trained_further_and_measured_anew(
     changed: dict[str, float],
 ) -> None:
     run = measured_to_the_end()
-    assert run.resume(**changed)[0] == "RunResumed"
+    assert run.resume(True, **changed)[0] == "RunResumed"
     assert (resumed(run).goes_on, phase(run)) == ("training", Phase.STARTING)
     assert (run.state.finished, run.state.evaluations) == (None, {})
     come_to_an_end(run)

@@ -50,7 +50,11 @@ def learner(incarnation: int) -> ChildId:
 
 
 def begun(
-    policies: tuple[str, ...] = POLICIES, config: SupervisorConfig | None = None, started_unix_s: float = 0.0
+    policies: tuple[str, ...] = POLICIES,
+    config: SupervisorConfig | None = None,
+    started_unix_s: float = 0.0,
+    *,
+    is_extended: bool = False,
 ) -> RunBegun:
     return RunBegun(
         run_id="run-1",
@@ -61,6 +65,7 @@ def begun(
         versions={},
         started_unix_s=started_unix_s,
         evaluation_policies=policies,
+        is_extended=is_extended,
     )
 
 
@@ -75,11 +80,11 @@ class World:
         self.events: list[AnyEvent] = []
         self.tell(begun(policies, self.config))
 
-    def resume(self, **changed: float | None) -> list[str]:
+    def resume(self, is_extended: bool = False, /, **changed: float | None) -> list[str]:
         """Another supervisor takes over, whatever became of the one before; its clock begins at 0."""
         self.config = SupervisorConfig.model_validate(self.config.model_dump() | changed)
         self.now_s = 0.0
-        return self.tell(begun(self.policies, self.config, started_unix_s=1000.0))
+        return self.tell(begun(self.policies, self.config, started_unix_s=1000.0, is_extended=is_extended))
 
     def tell(self, observed: AnyInput) -> list[str]:
         """Decide and fold; the names of the events that followed."""

@@ -295,6 +295,17 @@ def test_the_supervisors_account_fits_the_learners(tiny: Tiny) -> None:
     assert {record.header["reason"] for record in exits} == {"clean"}
 
 
+def test_under_a_limit_that_is_named_the_finished_run_is_trained_further(tiny: Tiny) -> None:
+    """Last of those that look at the tiny run: afterwards it is another one."""
+    before = records(tiny, "learner-0", "LearnerStepped")[-1].header_as(LearnerStepped)
+    said = say("run", "--resume", tiny.run_dir, "--max-steps", "200", "--no-evaluation", within_s=200)
+    assert said.code == 0, said.err
+    after = records(tiny, "learner-0", "LearnerStepped")[-1].header_as(LearnerStepped)
+    assert after.step > before.step
+    assert after.environment_steps >= before.environment_steps + 200
+    assert say("replay", tiny.run_dir, "--verify", within_s=200).code == 0
+
+
 @pytest.mark.parametrize("words", [("status",), ("status", "nowhere"), ("log", "verify", ".")])
 def test_what_is_not_there_is_unknown(tmp_path: Path, words: tuple[str, ...]) -> None:
     said = say(*words, cwd=tmp_path)
