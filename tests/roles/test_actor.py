@@ -150,7 +150,7 @@ def test_it_passes_its_fault_points_in_order_and_witnesses_what_it_was_promised(
     monkeypatch.setattr(faults, "witness", passed.append)
     child = pair.begin()
     pair.until(1)
-    pair.wait(lambda: passed.count("actor.acknowledged.after") == 1, pair.turn)
+    pair.wait(lambda: passed.count("actor.acknowledged.after") >= 1, pair.turn)
     pair.stop(child)
     position = pair.held.records("ExperienceAdmitted")[0].position
     assert passed[:5] == [
