@@ -10,11 +10,12 @@ Sections carry the names of the requirements: `simic_trainer`, `experience_buffe
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Final, Literal
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from esper_simic.config_curriculum import stage_environments, success_rule
 from esper_simic.config_environment import (
     BLUEPRINT_NAMES,
     DEFAULT_BLUEPRINTS,
@@ -24,8 +25,10 @@ from esper_simic.config_environment import (
     GovernorConfig,
     slot_names,
 )
+from esper_simic.config_gym import GROWING_HOST
 from esper_simic.config_rewards import RewardConfig
 from esper_simic.config_section import Section, did_you_mean
+from esper_simic.config_trainer import ON_POLICY, TrainerConfig
 from esper_simic.errors import ConfigError
 
 __all__ = [
@@ -46,82 +49,6 @@ __all__ = [
     "slot_names",
     "to_yaml",
 ]
-
-SEED_MAX: Final = 2**63 - 1
-
-
-class TrainerConfig(Section):
-    """`simic_trainer`: the algorithm and its numbers."""
-
-    algorithm: Literal["IMPALA"] = Field(
-        "IMPALA", description="The learner's algorithm: IMPALA with V-trace."
-    )
-    learning_rate: float = Field(3e-4, ge=1e-6, le=1e-2, description="Adam step size of both optimisers.")
-    policy_lr: float | None = Field(
-        None, ge=1e-6, le=1e-2, description="Step size of trunk and policy heads; unset means learning_rate."
-    )
-    value_lr: float | None = Field(
-        None, ge=1e-6, le=1e-2, description="Step size of the value head; unset means learning_rate."
-    )
-    min_lr: float = Field(1e-6, gt=0, le=1e-2, description="No schedule goes below this learning rate.")
-    warmup_epochs: int = Field(
-        10, ge=0, description="Updates over which learning rates rise linearly to their base value."
-    )
-    batch_size: int = Field(
-        32, ge=8, le=256, description="Experiences (lane unrolls) an update; a power of two."
-    )
-    gamma: float = Field(
-        0.99, ge=0.9, le=0.999, description="Discount; the reward's shaping uses the same one."
-    )
-    max_grad_norm: float = Field(
-        0.5, gt=0, description="Global gradient norm above which gradients are scaled."
-    )
-    rho_bar: float = Field(1.0, gt=0, description="V-trace truncation of importance weights in the target.")
-    c_bar: float = Field(1.0, gt=0, description="V-trace truncation of the trace coefficients.")
-    vtrace_lambda: float = Field(1.0, gt=0, le=1, description="V-trace lambda: decay of the trace.")
-    value_coefficient: float = Field(0.5, ge=0, description="Weight of the value loss in the total loss.")
-    entropy_coefficient: float = Field(0.02, ge=0, description="Weight of the entropy bonus at the start.")
-    entropy_coefficient_final: float = Field(
-        0.004, ge=0, description="Weight of the entropy bonus at the end."
-    )
-    entropy_anneal_steps: int = Field(
-        50_000, ge=1, description="Environment steps over which the entropy weight falls linearly."
-    )
-    reward_clip: float = Field(10.0, gt=0, description="Bound of a reward after division by its deviation.")
-    unroll_length: int = Field(10, ge=1, le=1000, description="Environment steps in one experience (T).")
-    hidden_size: int = Field(128, ge=8, le=2048, description="Width of the recurrent core and the heads.")
-    graph_layers: int = Field(2, ge=1, le=8, description="Message-passing layers of the graph encoder.")
-    max_policy_lag: int = Field(
-        200, ge=1, description="An unroll made by a policy this many versions old or older is refused."
-    )
-    digest_every_steps: int = Field(
-        100, ge=1, description="Every so many updates the journal gets a digest of the whole learner state."
-    )
-    seed: int = Field(0, ge=0, le=SEED_MAX, description="The one number from which all chance is derived.")
-
-    @field_validator("batch_size")
-    @classmethod
-    def _power_of_two(cls, value: int) -> int:
-        if value & (value - 1):
-            below = 1 << (value.bit_length() - 1)
-            raise ValueError(f"must be a power of two in [8, 256]; near {value}: {below} or {2 * below}")
-        return value
-
-    @model_validator(mode="after")
-    def _entropy_falls(self) -> TrainerConfig:
-        if self.entropy_coefficient_final > self.entropy_coefficient:
-            raise ValueError("entropy_coefficient_final must not exceed entropy_coefficient")
-        return self
-
-    @property
-    def effective_policy_lr(self) -> float:
-        """Learning rate of trunk and policy heads."""
-        return self.learning_rate if self.policy_lr is None else self.policy_lr
-
-    @property
-    def effective_value_lr(self) -> float:
-        """Learning rate of the value head."""
-        return self.learning_rate if self.value_lr is None else self.value_lr
 
 
 class BufferConfig(Section):
@@ -199,6 +126,15 @@ class SupervisorConfig(Section):
     evaluation_episodes: int = Field(
         64, ge=2, le=100_000, description="Held-out episodes per evaluated policy."
     )
+    metrics_port: int | None = Field(
+        9092,
+        ge=0,
+        le=65_535,
+        description="Port on which /metrics is served for Prometheus; unset: none is. One that is taken ends no run.",
+    )
+    metrics_host: str = Field(
+        "127.0.0.1", description="Address it is served on; 127.0.0.1 is reached from this machine alone."
+    )
     evaluation_workers: int = Field(2, ge=1, le=64, description="Processes that evaluate at the end.")
 
 
@@ -213,10 +149,15 @@ class Config(Section):
     @model_validator(mode="after")
     def _sections_agree(self) -> Config:
         buffer, batch = self.experience_buffer, self.simic_trainer.batch_size
-        if fresh_per_batch(self) < 1:
+        if batch == round(batch * buffer.replay_ratio):
             raise ValueError(
                 f"experience_buffer.replay_ratio {buffer.replay_ratio} leaves no fresh experience in a batch of "
                 f"{batch}; it must be at most {1 - 1 / batch:g}"
+            )
+        if self.simic_trainer.algorithm in ON_POLICY and buffer.replay_ratio > 0:
+            raise ValueError(
+                f"simic_trainer.algorithm {self.simic_trainer.algorithm} learns from what its own policy just did; "
+                f"experience_buffer.replay_ratio must be 0 with it, it is {buffer.replay_ratio:g}"
             )
         if buffer.capacity < batch:
             raise ValueError(
@@ -228,6 +169,8 @@ class Config(Section):
                 f"experience_buffer.min_experiences {buffer.min_experiences} would never be reached with "
                 f"experience_buffer.capacity {buffer.capacity}"
             )
+        self._successes_can_be()
+        self.stage_environments()
         lanes = self.environment.environments_per_actor
         if self.supervisor.lockstep:
             self._rounds_fit(self.supervisor.num_actors * lanes)
@@ -249,6 +192,23 @@ class Config(Section):
             )
         return self
 
+    def stage_environments(self) -> tuple[EnvironmentConfig, ...]:
+        """The environment of each stage of the curriculum; the configured one alone where there is none to follow."""
+        return stage_environments(self.simic_trainer, self.environment)
+
+    def _successes_can_be(self) -> None:
+        """A success by accuracy is never one in a world whose episodes have none."""
+        trainer = self.simic_trainer
+        if self.environment.id == GROWING_HOST or not trainer.follows_curriculum:
+            return
+        for stage in trainer.curriculum_stages:
+            rule = stage.success or trainer.curriculum_success
+            if success_rule(rule).measure == "accuracy":
+                raise ValueError(
+                    f"stage {stage.name!r} is passed by {rule!r}, and episodes of {self.environment.id} have no "
+                    f"accuracy; use 'return >= x'"
+                )
+
     def _rounds_fit(self, per_round: int) -> None:
         """In lockstep a round brings its experiences whether or not those of the round before were consumed."""
         waiting = max(fresh_per_batch(self) - 1, self.experience_buffer.min_experiences - 1)
@@ -259,10 +219,15 @@ class Config(Section):
             )
 
 
-def fresh_per_batch(config: Config) -> int:
-    """Fresh experiences in one batch: `batch_size - round(batch_size * replay_ratio)`."""
-    batch = config.simic_trainer.batch_size
-    return batch - round(batch * config.experience_buffer.replay_ratio)
+def fresh_per_batch(config: Config, batch_size: int | None = None) -> int:
+    """Fresh experiences in one batch: `batch_size - round(batch_size * replay_ratio)`, at least 1.
+
+    Args:
+        config: The configuration.
+        batch_size: Of a batch that is smaller than configured; None for the configured one.
+    """
+    batch = config.simic_trainer.batch_size if batch_size is None else batch_size
+    return max(1, batch - round(batch * config.experience_buffer.replay_ratio))
 
 
 def parse(text: str, *, base: Mapping[str, Any] | None = None, assignments: Iterable[str] = ()) -> Config:

@@ -37,7 +37,7 @@ from esper_simic.growing_host.controllers import (
 from esper_simic.growing_host.fixed_networks import Contents, final_contents, train_fixed_networks
 from esper_simic.growing_host.grafts import NO_SEED
 from esper_simic.growing_host.vector import GrowingHostVectorEnv
-from esper_simic.policies.graph_policy import GraphPolicy, observations_from_numpy
+from esper_simic.policies.policy import Policy
 
 Array = npt.NDArray[Any]
 
@@ -118,20 +118,42 @@ class _Scripted:
         return self._controller.act(env.view(), uniforms)
 
 
-class _Learned:
-    """The learned policy, sampled: its best single choice may wait for ever where a sampled one goes on."""
+class PolicyActing:
+    """A policy, sampled: its best single choice may wait for ever where a sampled one goes on.
 
-    def __init__(self, policy: GraphPolicy, lanes: int) -> None:
+    Args:
+        policy: What acts.
+        lanes: In how many lanes.
+    """
+
+    def __init__(self, policy: Policy, lanes: int) -> None:
         self._policy = policy
+        self._keys = tuple(policy.spec.shapes())
         self._state = policy.initial_state(lanes)
-        self._start = torch.ones(lanes, dtype=torch.bool)
+
+    def act(self, observation: Mapping[str, Array], episode_start: Array, uniforms: Array) -> Array:
+        """Actions `[E, …]`; see `worlds.play.Acting`."""
+        decision = self._policy.act(
+            {key: torch.from_numpy(np.ascontiguousarray(observation[key])) for key in self._keys},
+            torch.from_numpy(episode_start),
+            self._state,
+            torch.from_numpy(uniforms),
+        )
+        self._state = decision.state
+        return decision.actions.numpy()
+
+
+class _Learned:
+    """The learned policy in episodes that all begin at once."""
+
+    def __init__(self, policy: Policy, lanes: int) -> None:
+        self._acting = PolicyActing(policy, lanes)
+        self._start = np.ones(lanes, dtype=bool)
 
     def act(self, env: GrowingHostVectorEnv, observation: Mapping[str, Array], uniforms: Array) -> Array:
-        decision = self._policy.act(
-            observations_from_numpy(observation), self._start, self._state, torch.from_numpy(uniforms)
-        )
-        self._state, self._start = decision.state, torch.zeros_like(self._start)
-        return decision.actions.numpy()
+        actions = self._acting.act(observation, self._start, uniforms)
+        self._start = np.zeros_like(self._start)
+        return actions
 
 
 def baseline_names() -> tuple[str, ...]:
@@ -160,7 +182,7 @@ def evaluate(
     seeds: Sequence[int],
     *,
     gamma: float,
-    policy: GraphPolicy | None = None,
+    policy: Policy | None = None,
     reference: Sequence[EpisodeOutcome] | None = None,
     observer: Callable[[], None] | None = None,
 ) -> PolicyOutcome:
@@ -200,9 +222,9 @@ def _outcome(name: str, episodes: list[EpisodeOutcome]) -> PolicyOutcome:
         episode_return=None if returns is None else mean_interval(returns),
         accuracy=mean_interval(accuracies),
         parameters_added=mean_interval(parameters),
-        episode_return_middle=None if returns is None else bootstrap_interval([returns], rng=_chance(seed)),
-        accuracy_middle=bootstrap_interval([accuracies], rng=_chance(seed)),
-        parameters_added_middle=bootstrap_interval([parameters], rng=_chance(seed)),
+        episode_return_middle=None if returns is None else bootstrap_interval([returns], rng=chance_of(seed)),
+        accuracy_middle=bootstrap_interval([accuracies], rng=chance_of(seed)),
+        parameters_added_middle=bootstrap_interval([parameters], rng=chance_of(seed)),
     )
 
 
@@ -220,7 +242,7 @@ def compare(ours: PolicyOutcome, theirs: PolicyOutcome) -> PolicyComparison:
     (returns, accuracies, parameters), (others, *rest) = _figures(ours.episodes), _figures(theirs.episodes)
 
     def differing(one: list[float], other: list[float]) -> Paired:
-        return paired(one, other, rng=_chance(seeds[0]))
+        return paired(one, other, rng=chance_of(seeds[0]))
 
     return PolicyComparison(
         name=ours.name,
@@ -241,7 +263,8 @@ def _figures(episodes: Sequence[EpisodeOutcome]) -> tuple[list[float] | None, li
     )
 
 
-def _chance(seed: int) -> np.random.Generator:
+def chance_of(seed: int) -> np.random.Generator:
+    """The bootstrap's chance, by the first held-out seed."""
     return seeding.generator(seed, "bootstrap")
 
 
@@ -254,7 +277,7 @@ def _episodes(
     config: EnvironmentConfig,
     seeds: Sequence[int],
     gamma: float,
-    policy: GraphPolicy | None,
+    policy: Policy | None,
     observer: Callable[[], None],
 ) -> list[EpisodeOutcome]:
     """The first episode of each lane; one that the governor ended leaves its lane to play on, unheeded."""
@@ -322,7 +345,7 @@ def _fixed_networks(
     ]
 
 
-def _acting(name: str, lanes: int, policy: GraphPolicy | None) -> _Acting:
+def _acting(name: str, lanes: int, policy: Policy | None) -> _Acting:
     if name == LEARNED:
         if policy is None:
             raise ValueError("evaluating 'learned' needs a policy")

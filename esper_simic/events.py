@@ -10,6 +10,23 @@ from typing import Any, Final, get_args
 
 import msgspec
 
+from esper_simic.curriculum_facts import CurriculumFact
+from esper_simic.rate_facts import RateFact
+from esper_simic.safety_facts import SafetyFact
+from esper_simic.safety_step import StepInputs
+
+
+class AdaptersBegun(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """From here the policy's weights are frozen, and low-rank adapters of so many of its matrices learn."""
+
+    rank: int
+    alpha: float
+    matrices: int
+
+
+StepFact = SafetyFact | RateFact | AdaptersBegun
+"""What may happen beside an update."""
+
 
 class RunStarted(msgspec.Struct, frozen=True, kw_only=True):
     """First event of every journal: under which configuration and in which surroundings the run was made."""
@@ -19,24 +36,38 @@ class RunStarted(msgspec.Struct, frozen=True, kw_only=True):
     fingerprint: dict[str, str]
 
 
-class EpisodeFinished(msgspec.Struct, frozen=True, kw_only=True):
-    """Outcome of one training episode, part of the unroll in which it ended."""
+class EpisodeFinished(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Outcome of one training episode, part of the unroll in which it ended.
+
+    What a world does not know is None: a host has an accuracy, a pole has none. `success` is what the world calls one.
+    `truncated`: it went on outside, so its last value counts. `cut`: it was not played to where it ends by the world's
+    own rules, a time limit among them, so it says little about the policy (journals of before there was this have None,
+    and what was truncated there was cut).
+    """
 
     lane: int
     number: int
     episode_return: float
     length: int
-    accuracy: float
-    parameters_added: int
-    fossils: int
+    accuracy: float | None = None
+    parameters_added: int | None = None
+    fossils: int | None = None
     truncated: bool
+    success: bool | None = None
+    cut: bool | None = None
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it was played to its end."""
+        return not (self.truncated if self.cut is None else self.cut)
 
 
 class ExperienceAdmitted(msgspec.Struct, frozen=True, kw_only=True):
     """An unroll was taken in whole; its frames follow, as `trajectory.frame_layout` orders them.
 
     It counts `lanes` experiences of `length` steps. `sequence` numbers the unrolls of one incarnation of an actor;
-    `policy_version` is the learner step whose weights acted; `episode_numbers` are the lanes' current episodes.
+    `policy_version` is the learner step whose weights acted; `episode_numbers` are the lanes' current episodes;
+    `stage` is the stage of the curriculum in whose environment it was made.
     """
 
     actor: int
@@ -47,6 +78,7 @@ class ExperienceAdmitted(msgspec.Struct, frozen=True, kw_only=True):
     lanes: int
     episode_numbers: list[int]
     episodes: list[EpisodeFinished]
+    stage: int = 0
 
 
 class ExperienceRefused(msgspec.Struct, frozen=True, kw_only=True):
@@ -64,7 +96,8 @@ class LearnerStepped(msgspec.Struct, frozen=True, kw_only=True):
     """One update was made from what stood in the journal before it.
 
     `digest` is the XXH3-64 of the parameters after the update; `state_digest`, on every k-th step, that of the whole
-    learner state. `step` counts from 1 and is also the version of the weights it made.
+    learner state. `step` counts from 1 and is also the version of the weights it made. `inputs` is what came from
+    outside with it (journals of before there was such a thing have none), `facts` what happened beside.
     """
 
     step: int
@@ -72,6 +105,38 @@ class LearnerStepped(msgspec.Struct, frozen=True, kw_only=True):
     digest: str
     state_digest: str | None
     metrics: dict[str, float]
+    inputs: StepInputs | None = None
+    facts: list[StepFact] = []
+
+
+class CurriculumJudged(msgspec.Struct, frozen=True, kw_only=True):
+    """The curriculum was looked at, and something came of it: a stage was passed, or a round of it failed.
+
+    `at_s` is the time by which it was judged, `stage` the index of the stage that is on from here. Where `consolidated`
+    is not 0, what the stage that was passed needs is held from here (EWC), as estimated from so many experiences.
+    """
+
+    at_s: float
+    stage: int
+    facts: list[CurriculumFact]
+    consolidated: int = 0
+
+
+class StepFailed(msgspec.Struct, frozen=True, kw_only=True):
+    """An update was tried and gave no new weights: something was not finite, or it did not fit into memory.
+
+    What followed (`facts`, and with them the next updates' terms) is a function of the state and of this record.
+    `digest` is that of the parameters with which the training goes on.
+    """
+
+    step: int
+    environment_steps: int
+    digest: str
+    state_digest: str | None
+    reason: str
+    out_of_memory: bool
+    inputs: StepInputs
+    facts: list[StepFact] = []
 
 
 class StepSkipped(msgspec.Struct, frozen=True, kw_only=True):
@@ -160,6 +225,8 @@ LearnerEvent = (
     ExperienceAdmitted
     | ExperienceRefused
     | LearnerStepped
+    | CurriculumJudged
+    | StepFailed
     | StepSkipped
     | CheckpointStaged
     | CheckpointSaved

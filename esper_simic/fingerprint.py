@@ -9,15 +9,21 @@ from typing import Final
 import numpy as np
 import torch
 
+from esper_simic.execution import CPU, Execution
+
 STATE_COMPOSITION: Final = "2"
 """Which numbers and tensors the digest of a learner's whole state covers; another composition, another number."""
 
 
-def fingerprint() -> dict[str, str]:
+def fingerprint(execution: Execution = CPU) -> dict[str, str]:
     """Versions and modes on which the bits of a learner's step depend.
 
     Digests in a journal can be compared only under an equal fingerprint. Found by experiment: thread count, oneDNN,
     the CPU's instruction set, Adam's implementation and compilation each change the last bits from the first step on.
+
+    Args:
+        execution: How steps are carried out; where it is not exact, the fingerprint says so under `replay`, and equal
+            ones promise no equal bits.
     """
     return {
         "state": STATE_COMPOSITION,
@@ -31,7 +37,4 @@ def fingerprint() -> dict[str, str]:
         "aten_cpu_capability": os.environ.get("ATEN_CPU_CAPABILITY", ""),
         "intra_op_threads": str(torch.get_num_threads()),
         "deterministic_algorithms": str(torch.are_deterministic_algorithms_enabled()),
-        "adam": "fused",
-        "compile": "none",
-        "device": "cpu",
-    }
+    } | execution.describe()

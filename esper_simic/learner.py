@@ -1,74 +1,63 @@
 """The learner: a fold over its journal, and the sole owner of weights, optimisers and everything that changes a step.
 
-Four moves change its state, each a fact in the journal:
+Moves that change its state, each a fact in the journal:
 
 * `admit`: an unroll arrived (`ExperienceAdmitted`); it goes into the buffer and the reward scale follows its rewards.
 * `refuse`: one was not taken (`ExperienceRefused`).
-* `step`: one update (`LearnerStepped`); which experiences it takes, and in which order, depends on the state and on
-  the stream `(seed, "learner", rank, step)` alone.
+* `step`: one update was made, or was tried in vain (`LearnerStepped`, `StepFailed`); which experiences it takes, and in
+  which order, depends on the state and on the stream `(seed, "learner", rank, step)` alone.
+* `judge`: a stage of the curriculum was passed, or a round of it failed (`CurriculumJudged`).
+* `fail`: the same as a step that was tried in vain, from its record: what did not fit into memory once may fit now.
 * `skip`: an update that cannot be made was given up (`StepSkipped`); it consumes its batch.
 
-So the same journal gives the same weights, bit for bit, under the same fingerprint. Time never enters. `state` is all
-of it.
+So the same journal gives the same weights, bit for bit, under the same fingerprint. Time enters as `StepInputs`, which
+stand in the record of the step. `state` is all of it.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any, Final, NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import Any, Final
 
 import msgspec
 import numpy as np
 import safetensors.torch
-import torch
-from torch import Tensor
 
+from esper_simic import learner_figures as figures
+from esper_simic import safety as safety_rules
 from esper_simic import seeding
-from esper_simic.actions import OP, Op
-from esper_simic.algorithms.impala import ImpalaLoss, impala_loss
+from esper_simic.breaker import VtraceVerdict, judge_vtrace
 from esper_simic.config import Config, fresh_per_batch
+from esper_simic.curriculum import Curriculum, CurriculumState
+from esper_simic.curriculum_facts import CurriculumAdvanced
 from esper_simic.errors import ContractError, InvariantViolation
-from esper_simic.events import EpisodeFinished, ExperienceAdmitted, ExperienceRefused
-from esper_simic.graphs import ObservationSpec
+from esper_simic.events import (
+    CurriculumJudged,
+    ExperienceAdmitted,
+    ExperienceRefused,
+    StepFact,
+    StepFailed,
+)
+from esper_simic.ladder import Response
 from esper_simic.learner_state import LearnerState, digest
-from esper_simic.learning_rates import GroupConfig, LRPolicy, UnifiedLRController
-from esper_simic.policies.graph_policy import Evaluation, GraphPolicy
-from esper_simic.replay import GraphExperienceBuffer, Held, ReplaySample
+from esper_simic.learning_rates import UnifiedLRController
+from esper_simic.ledger import Ledger, Unconsumed
+from esper_simic.policies.policy import Policy
+from esper_simic.replay import GraphExperienceBuffer, Held, ReplaySample, Serials
 from esper_simic.reward_scale import RewardScale
+from esper_simic.rungs import Rung
+from esper_simic.safety import Safety, StepInputs, StepMode, StepOutcome
+from esper_simic.safety_facts import GoodStateRestored
+from esper_simic.specs import ExperienceSpec
+from esper_simic.step_report import Attempt, StepReport, attempt
+from esper_simic.telemetry import Phase, StepObserver
 from esper_simic.trajectory import Trajectory
+from esper_simic.updates.batch import Batch, prepare
+from esper_simic.updates.engine import Engine
+from esper_simic.updates.optimisers import UNWATCHED
+from esper_simic.updates.update import Updated
 
-FORCED_VALUE_WEIGHT: Final = 0.2
-"""Weight in the value loss of a step on which only WAIT was legal; in policy loss and entropy such a step has none."""
-
-EPISODE_WINDOW: Final = 100
-
-NOT_LIVING: Final = "not_the_living_incarnation"
-"""Why an unroll is refused that was not sent by the life that it names: it settles nothing of that life."""
-
-ADAM_EPSILON: Final = 1e-5
-"""Larger than Adam's own 1e-8: steps of parameters whose gradients are nearly always 0 stay small."""
-
-
-@dataclass(frozen=True, slots=True)
-class StepReport:
-    """What one update did: the number of the step, its metrics, the digests, and the weights it made."""
-
-    step: int
-    environment_steps: int
-    metrics: dict[str, float]
-    digest: str
-    state_digest: str | None
-    unrolls_consumed: tuple[int, ...]
-
-
-class Unconsumed(NamedTuple):
-    """An admitted unroll of which something is still to be consumed; its experiences end below `stop_serial`."""
-
-    position: int
-    actor: int
-    stop_serial: int
+FISHER_LANES: Final = 8
 
 
 class Learner:
@@ -76,41 +65,41 @@ class Learner:
 
     Args:
         config: The run's configuration.
-        spec: Shapes of one observation.
+        spec: Shapes of one experience.
         rank: Which learner of the run.
     """
 
-    def __init__(self, config: Config, spec: ObservationSpec, rank: int = 0) -> None:
+    def __init__(self, config: Config, spec: ExperienceSpec, rank: int = 0) -> None:
         self._config, self._rank = config, rank
         trainer = config.simic_trainer
-        self.policy = GraphPolicy(spec, trainer, seeding.generator(trainer.seed, "policy"))
+        self.engine = Engine(trainer, spec)
         self.buffer = GraphExperienceBuffer(
             config.experience_buffer.capacity, spec, trainer.unroll_length, self.policy.state_size
         )
-        self._optimizers = {
-            name: torch.optim.Adam(parameters, lr=rate, eps=ADAM_EPSILON, fused=True)
-            for name, parameters, rate in (
-                ("policy", self.policy.policy_parameters(), trainer.effective_policy_lr),
-                ("value", self.policy.value_parameters(), trainer.effective_value_lr),
-            )
-        }
-        self.learning_rates = UnifiedLRController()
-        for name, optimizer, policy, base in (
-            ("policy", self._optimizers["policy"], LRPolicy.POLICY_NETWORK, trainer.effective_policy_lr),
-            ("value", self._optimizers["value"], LRPolicy.VALUE_NETWORK, trainer.effective_value_lr),
-        ):
-            group = GroupConfig(policy, base, trainer.warmup_epochs, trainer.min_lr)
-            self.learning_rates.register_optimizer(name, optimizer, group)
         self.reward_scale = RewardScale(trainer.gamma)
-        self._fresh_per_batch = fresh_per_batch(config)
-        self._acting_normaliser = self._normaliser_now()
+        self.ledger = Ledger(config.environment.environments_per_actor)
+        self.safety = Safety()
+        self._rules = Curriculum.of(trainer) if trainer.follows_curriculum else None
+        self.curriculum = CurriculumState()
         self.steps_done = 0
-        self.environment_steps = 0
-        self._next_episodes: dict[int, list[int]] = {}
-        self._unrolls: dict[int, int] = {}
-        self._answered: dict[int, tuple[int, int]] = {}
-        self._unconsumed: deque[Unconsumed] = deque()
-        self._episodes: deque[EpisodeFinished] = deque(maxlen=EPISODE_WINDOW)
+        self._returns_since: list[float] = []
+        if trainer.lora_enabled and trainer.lora_start_step == 0:
+            self.engine.begin_adapters()
+
+    @property
+    def policy(self) -> Policy:
+        """The network."""
+        return self.engine.policy
+
+    @property
+    def learning_rates(self) -> UnifiedLRController:
+        """The only thing that changes a learning rate."""
+        return self.engine.optimisers.rates
+
+    @property
+    def environment_steps(self) -> int:
+        """Steps of environments that were made, whether their unrolls were taken or not."""
+        return self.ledger.environment_steps
 
     # -- folding ---------------------------------------------------------------------------------------------------
 
@@ -120,9 +109,7 @@ class Learner:
 
     def refuse(self, event: ExperienceRefused) -> None:
         """Fold an `ExperienceRefused`: its environment steps were made, its contents are gone."""
-        self.environment_steps += event.steps
-        if event.reason != NOT_LIVING:
-            self._follow_answers(event)
+        self.ledger.refused(event)
 
     def admit(self, position: int, event: ExperienceAdmitted, trajectory: Trajectory) -> tuple[int, ...]:
         """Fold an `ExperienceAdmitted`.
@@ -142,116 +129,166 @@ class Learner:
                 f"an admitted unroll has {trajectory.length} steps; decoding must refuse it"
             )
         serials = self.buffer.insert(trajectory, event.policy_version, position)
-        self._unconsumed.append(Unconsumed(position, event.actor, serials.stop))
+        self.ledger.waits(Unconsumed(position, event.actor, serials.stop))
         begins = trajectory.episode_start[0]
         self.reward_scale.update(event.actor, begins, trajectory.rewards, trajectory.ended)
         self.policy.normaliser.update(
             {key: tensor[:-1] for key, tensor in trajectory.observations.items()},
         )
-        self._follow(event)
-        self._episodes.extend(episode for episode in event.episodes if not episode.truncated)
+        self.ledger.admitted(event)
+        if self._rules is not None:
+            successes = self._rules.outcomes(event.stage, event.episodes)
+            self.curriculum = self._rules.counted(self.curriculum, event.stage, successes)
+        whole = [episode for episode in event.episodes if episode.is_whole]
+        self.ledger.episodes.extend(whole)
+        # Journals of before there was `cut` know no safety either, and their digests no such number.
+        self._returns_since.extend(episode.episode_return for episode in whole if episode.cut is not None)
         if self.buffer.inserted <= self._config.experience_buffer.min_experiences:
             self.buffer.consume_all()
-        return self._take_consumed()
+        return self.ledger.take_consumed(self.buffer.consumed)
 
     def lose(self, event: ExperienceAdmitted) -> None:
         """Fold an `ExperienceAdmitted` that cannot be taken: it counts as made and answered, its contents are gone."""
-        self._follow(event)
+        self.ledger.admitted(event)
 
-    def next_episodes(self, actor: int) -> list[int]:
-        """Numbers of the episodes with which a new incarnation of an actor begins its lanes.
+    # -- curriculum ------------------------------------------------------------------------------------------------
 
-        They follow the highest number that any admitted unroll of the actor has reached, so that no episode's chance
-        is used twice; what its predecessor did not finish is lost.
-        """
-        lanes = self._config.environment.environments_per_actor
-        return list(self._next_episodes.get(actor, [0] * lanes))
+    @property
+    def stage(self) -> int:
+        """Index of the stage of the curriculum in whose environment actors are to play; 0 where there is none."""
+        return self.curriculum.stage
 
-    def _follow(self, event: ExperienceAdmitted) -> None:
-        self.environment_steps += event.length * event.lanes
-        self._unrolls[event.actor] = self.unrolls(event.actor) + 1
-        self._follow_answers(event)
-        reached = list(event.episode_numbers)
-        for episode in event.episodes:
-            reached[episode.lane] = max(reached[episode.lane], episode.number + 1)
-        self._next_episodes[event.actor] = [number + 1 for number in reached]
+    def verdict(self, now_s: float) -> CurriculumJudged | None:
+        """What a look at the curriculum at this time would come to; None for nothing. Changes nothing: see `judge`."""
+        if self._rules is None:
+            return None
+        judged = self._rules.judged(self.curriculum, now_s)
+        if not judged.facts:
+            return None
+        advanced = any(isinstance(fact, CurriculumAdvanced) for fact in judged.facts)
+        return CurriculumJudged(
+            at_s=now_s,
+            stage=judged.state.stage,
+            facts=judged.facts,
+            consolidated=self._samples_to_hold() if advanced else 0,
+        )
 
-    def _follow_answers(self, event: ExperienceAdmitted | ExperienceRefused) -> None:
-        life, sequence = self._answered.get(event.actor, (0, 0))
-        if event.incarnation > life:
-            self._answered[event.actor] = (event.incarnation, event.sequence)
-        elif event.incarnation == life:
-            self._answered[event.actor] = (life, max(sequence, event.sequence))
+    def _samples_to_hold(self) -> int:
+        trainer = self._config.simic_trainer
+        held = len(self.buffer) - len(self.buffer.barred)
+        return min(trainer.ewc_sample_size, held) if trainer.ewc_lambda > 0 else 0
 
-    def settled(self, actor: int, incarnation: int) -> int:
-        """The newest sequence of this life of an actor that was admitted or refused; 0 for none."""
-        life, sequence = self._answered.get(actor, (0, 0))
-        return sequence if life == incarnation else 0
+    def judge(self, event: CurriculumJudged) -> None:
+        """Fold a `CurriculumJudged`."""
+        if self._rules is not None:
+            self.curriculum = self._rules.judged(self.curriculum, event.at_s).state
+        if event.consolidated:
+            rng = seeding.generator(
+                self._config.simic_trainer.seed, "fisher", self._rank, self.steps_done, event.stage
+            )
+            serials = self.buffer.draw(event.consolidated, rng=rng)
+            self.engine.consolidate(self._few_at_a_time(serials), rng)
 
-    def unrolls(self, actor: int) -> int:
-        """Unrolls of an actor that were admitted, over all its lives."""
-        return self._unrolls.get(actor, 0)
-
-    def unconsumed(self) -> tuple[Unconsumed, ...]:
-        """Admitted unrolls of which something is still to be consumed, oldest first."""
-        return tuple(self._unconsumed)
+    def _few_at_a_time(self, serials: Serials) -> Iterator[Batch]:
+        """Batches of few lanes: per-sample gradients walk through the whole of one."""
+        trainer = self._config.simic_trainer
+        for start in range(0, len(serials), FISHER_LANES):
+            trajectory = self.buffer.gather(serials[start : start + FISHER_LANES])
+            yield prepare(trajectory, self.policy, self.reward_scale, trainer)
 
     @property
     def score(self) -> float | None:
         """Mean return of the recent training episodes; None before the first."""
-        if not self._episodes:
-            return None
-        return float(np.mean([episode.episode_return for episode in self._episodes]))
+        episodes = self.ledger.episodes
+        return float(np.mean([episode.episode_return for episode in episodes])) if episodes else None
 
-    def can_step(self) -> bool:
-        """Whether enough experience is there for an update."""
+    # -- steps -----------------------------------------------------------------------------------------------------
+
+    def mode(self, now_s: float) -> StepMode:
+        """What an update at this time may be."""
+        return safety_rules.plan(self.safety, self._config.simic_trainer, now_s)
+
+    def safety_figures(self) -> dict[str, float]:
+        """How breakers (1 closed, 2 open, 3 half open) and error budgets (share left) stand, for whoever watches."""
+        return figures.of_safety(self.safety, self._config.simic_trainer)
+
+    @property
+    def is_halted(self) -> bool:
+        """Whether no update is made any more: every measure against its troubles was taken in vain."""
+        return self.safety.ladder.standing.rung is Rung.HALTED
+
+    def lockstep_time_s(self) -> float:
+        """A time that is a function of the state: a second an update, and the wait for a breaker at once.
+
+        In lockstep no clock may have a part in what is computed.
+        """
+        keys, now_s = self._config.simic_trainer, (self.safety.clock.reading_s or 0.0) + 1.0
+        mode = self.mode(now_s)
+        return now_s if mode.may_step or mode.is_halted else now_s + keys.training_breaker_recovery_timeout_s
+
+    def can_step(self, batch_size: int | None = None) -> bool:
+        """Whether enough experience is there for an update, of this batch size or of the configured one."""
         enough = self.buffer.inserted >= self._config.experience_buffer.min_experiences
-        return enough and self.buffer.fresh >= self._fresh_per_batch
+        return enough and self.buffer.fresh >= fresh_per_batch(self._config, batch_size)
 
-    def next_batch(self) -> ReplaySample:
+    def next_batch(self, batch_size: int | None = None) -> ReplaySample:
         """The batch that the next update takes; nothing is consumed.
 
         Raises:
             InvariantViolation: Not enough experience (`can_step` is false).
         """
-        if not self.can_step():
+        if not self.can_step(batch_size):
             raise InvariantViolation("step without enough experience; ask can_step first")
         trainer = self._config.simic_trainer
         rng = seeding.generator(trainer.seed, "learner", self._rank, self.steps_done)
-        serials = self.buffer.choose(trainer.batch_size, self._fresh_per_batch, rng=rng)
-        return self.buffer.read(serials, self._fresh_per_batch)
+        size = trainer.batch_size if batch_size is None else batch_size
+        fresh = fresh_per_batch(self._config, batch_size)
+        return self.buffer.read(self.buffer.choose(size, fresh, rng=rng), fresh)
 
-    def step(self) -> StepReport:
+    def step(self, inputs: StepInputs | None = None, observer: StepObserver = UNWATCHED) -> StepReport:
         """Make one update.
 
+        Args:
+            inputs: What came from outside with it. None for journals of before there was such a thing: then nothing
+                is adjusted and an update that fails is an error.
+            observer: Told how the update goes on; it decides nothing.
+
         Raises:
-            InvariantViolation: Not enough experience (`can_step` is false), or a loss or gradient is not finite.
+            InvariantViolation: Not enough experience (`can_step` is false), the safety of the training does not allow
+                an update now, or, without inputs, a loss or gradient is not finite.
         """
         trainer = self._config.simic_trainer
-        sample = self.next_batch()
-        self.buffer.consume(sample.fresh)
-        loss = self._loss(sample.trajectory)
-        for optimizer in self._optimizers.values():
-            optimizer.zero_grad(set_to_none=True)
-        loss.total.backward()  # type: ignore[no-untyped-call]
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), trainer.max_grad_norm)
-        if not torch.isfinite(grad_norm) or not torch.isfinite(loss.total):
-            raise InvariantViolation(
-                f"step {self.steps_done + 1}: loss {loss.total}, gradient norm {grad_norm}"
+        mode = StepMode() if inputs is None else self.mode(inputs.at_s)
+        batch_size = mode.batch_size(trainer.batch_size)
+        observer.begun(step=self.steps_done + 1, batch_size=batch_size)
+        sample = self.next_batch(batch_size)
+        observer.passed(Phase.SAMPLING)
+        rates = self.learning_rates.state_dict()
+        tried = attempt(lambda: self._update(sample, mode, observer))
+        if tried.updated is not None:
+            observer.done(
+                loss=tried.updated.loss,
+                grad_norm=tried.updated.grad_norm,
+                conservative_mode=mode.is_conservative,
             )
-        for name in self._optimizers:
-            self.learning_rates.step(name)
-        self.steps_done += 1
-        self._acting_normaliser = self._normaliser_now()
-        whole = self.steps_done % trainer.digest_every_steps == 0
-        return StepReport(
-            step=self.steps_done,
-            environment_steps=self.environment_steps,
-            metrics=self._metrics(loss, float(grad_norm), sample),
-            digest=digest(dict(self.policy.named_parameters())),
-            state_digest=self.state().digest if whole else None,
-            unrolls_consumed=self._take_consumed(),
-        )
+        else:
+            observer.failed(tried.failure)
+        if inputs is None and tried.failure:
+            raise InvariantViolation(f"step {self.steps_done + 1}: {tried.failure}")
+        if tried.failure and self.learning_rates.state_dict() != rates:
+            # Some of its optimisers, or of its minibatches, had their step; `fail` knows of none.
+            self.learning_rates.load_state_dict(rates)
+        return self._fold_step(sample, inputs, tried)
+
+    def fail(self, event: StepFailed) -> StepReport:
+        """Fold a `StepFailed` as it was when it was recorded: nothing is computed again.
+
+        Raises:
+            InvariantViolation: There is not the experience that was there then.
+        """
+        mode = self.mode(event.inputs.at_s)
+        sample = self.next_batch(mode.batch_size(self._config.simic_trainer.batch_size))
+        return self._fold_step(sample, event.inputs, Attempt(None, event.reason, event.out_of_memory))
 
     def skip(self) -> tuple[int, ...]:
         """Fold a `StepSkipped`: the step is counted and its batch consumed, as far as there is one; nothing is learned.
@@ -259,112 +296,127 @@ class Learner:
         Returns:
             Positions of the unrolls that are now wholly consumed.
         """
-        self.buffer.consume(min(self._fresh_per_batch, self.buffer.fresh))
+        self.buffer.consume(min(fresh_per_batch(self._config), self.buffer.fresh))
         self.steps_done += 1
-        return self._take_consumed()
+        return self.ledger.take_consumed(self.buffer.consumed)
 
-    def _take_consumed(self) -> tuple[int, ...]:
-        taken = []
-        while self._unconsumed and self._unconsumed[0].stop_serial <= self.buffer.consumed:
-            taken.append(self._unconsumed.popleft().position)
-        return tuple(taken)
-
-    # -- one update ------------------------------------------------------------------------------------------------
-
-    def _loss(self, trajectory: Trajectory) -> ImpalaLoss:
+    def _update(self, sample: ReplaySample, mode: StepMode, observer: StepObserver) -> Updated:
         trainer = self._config.simic_trainer
-        length = trajectory.length
-        evaluation = self._evaluate(trajectory)
-        ended = trajectory.ended
-        discounts = trainer.gamma * (~ended).float()
-        # A cut episode goes on outside: its last observation's value is folded into the reward, the discount is 0.
-        rewards = self.reward_scale.scale(trajectory.rewards, trainer.reward_clip)
-        rewards = rewards + trainer.gamma * trajectory.truncation_values
-        free = self._free(trajectory)
-        return impala_loss(
-            log_probs=evaluation.log_probs[:length],
-            behaviour_log_probs=trajectory.behaviour_log_probs,
-            values=evaluation.values[:length],
-            bootstrap_value=evaluation.values[length].detach(),
-            rewards=rewards,
-            discounts=discounts,
-            entropies=evaluation.entropy[:length],
-            policy_weights=free,
-            value_weights=torch.where(free > 0, 1.0, FORCED_VALUE_WEIGHT),
-            clip_rho=trainer.rho_bar,
-            clip_c=trainer.c_bar,
-            lambda_=trainer.vtrace_lambda,
-            value_coefficient=trainer.value_coefficient,
+        return self.engine.update(
+            prepare(sample.trajectory, self.policy, self.reward_scale, trainer),
+            mode,
             entropy_coefficient=self._entropy_coefficient(),
+            progress=self._progress(),
+            rng=seeding.generator(trainer.seed, "update", self._rank, self.steps_done),
+            observer=observer,
         )
 
-    def _evaluate(self, trajectory: Trajectory) -> Evaluation:
-        # Row T has no action; WAIT, always legal, stands in for it and its log-probability is not used.
-        stand_in = torch.full_like(trajectory.actions[:1], 0)
-        stand_in[..., OP] = Op.WAIT
-        return self.policy.evaluate(
-            trajectory.observations,
-            trajectory.episode_start,
-            trajectory.initial_state,
-            torch.cat([trajectory.actions, stand_in]),
+    def _fold_step(self, sample: ReplaySample, inputs: StepInputs | None, tried: Attempt) -> StepReport:
+        """What follows from an update, made or not."""
+        updated, out_of_memory = tried.updated, tried.out_of_memory
+        facts: list[StepFact] = []
+        responses: tuple[Response, ...] = ()
+        if inputs is not None:
+            outcome = self._outcome(updated, out_of_memory)
+            observed = safety_rules.observe(self.safety, self._config.simic_trainer, outcome, inputs)
+            self.safety, responses = observed.safety, observed.responses
+            facts += observed.facts
+            self._returns_since.clear()
+        changed, tampered = self.engine.take_news()
+        # Of an update that was not made the rates were not changed, either; what somebody else wrote, was.
+        facts += tampered if updated is None else [*changed, *tampered]
+        if out_of_memory:
+            # Where the optimiser itself ran short, some weights have moved and others not.
+            responses = (Response.RESTORE, *responses)
+            facts.append(GoodStateRestored(reason="out_of_memory"))
+        else:
+            self.buffer.consume(sample.fresh)
+        self._respond(responses, sample)
+        self.steps_done += 1
+        # Rates are told as this update had them: adapters begin with others.
+        metrics = {} if updated is None else self._metrics(updated, sample)
+        facts += self._adapters_begin()
+        whole = self.steps_done % self._config.simic_trainer.digest_every_steps == 0
+        return StepReport(
+            step=self.steps_done,
+            environment_steps=self.environment_steps,
+            metrics=metrics,
+            digest=digest(dict(self.policy.named_parameters())),
+            state_digest=self.state().digest if whole else None,
+            unrolls_consumed=self.ledger.take_consumed(self.buffer.consumed),
+            failure=tried.failure,
+            out_of_memory=out_of_memory,
+            facts=tuple(facts),
         )
 
-    def _free(self, trajectory: Trajectory) -> Tensor:
-        """`[T, B]`: 1 where the policy had a choice of operation, 0 where only WAIT was legal."""
-        layout = self.policy.spec.mask_layout
-        operations = trajectory.observations["action_mask"][:-1, :, layout.op]
-        return (operations.sum(dim=-1) > 1).float()
+    def _adapters_begin(self) -> list[StepFact]:
+        """Begin them with the first update from `lora_start_step` on: that one itself may have been given up."""
+        trainer = self._config.simic_trainer
+        start = trainer.lora_start_step if trainer.lora_enabled else None
+        if start is None or self.steps_done < start or self.engine.adapters is not None:
+            return []
+        return [self.engine.begin_adapters()]
+
+    def _outcome(self, updated: Updated | None, out_of_memory: bool) -> StepOutcome:
+        returns = tuple(self._returns_since)
+        if updated is None:
+            return StepOutcome(finite=out_of_memory, out_of_memory=out_of_memory, returns=returns)
+        verdict = VtraceVerdict.SOUND
+        if updated.ratios is not None:
+            verdict = judge_vtrace(updated.ratios, self._config.simic_trainer)
+        return StepOutcome(
+            loss=updated.loss,
+            value_loss=updated.value_loss,
+            policy_loss=updated.policy_loss,
+            grad_norm=updated.grad_norm,
+            vtrace=verdict,
+            returns=returns,
+        )
+
+    def _respond(self, responses: tuple[Response, ...], sample: ReplaySample) -> None:
+        """What the learner itself does about trouble; the rest is in the next update's `StepMode`."""
+        if Response.RESTORE in responses or Response.HALT in responses:
+            self.engine.restore_good()
+        if Response.SKIP in responses:
+            self.buffer.bar(sample.serials.tolist())
+        if Response.KEEP in responses:
+            self.engine.keep_good()
 
     def _entropy_coefficient(self) -> float:
         trainer = self._config.simic_trainer
-        done = min(1.0, self.environment_steps / trainer.entropy_anneal_steps)
-        return trainer.entropy_coefficient + done * (
+        return trainer.entropy_coefficient + self._progress() * (
             trainer.entropy_coefficient_final - trainer.entropy_coefficient
         )
 
-    def _metrics(self, loss: ImpalaLoss, grad_norm: float, sample: ReplaySample) -> dict[str, float]:
-        metrics = {name: float(value) for name, value in loss.statistics().items()}
-        metrics |= {f"learning_rate.{name}": rate for name, rate in self.learning_rates.rates().items()}
-        lags = self.steps_done - 1 - sample.versions
+    def _progress(self) -> float:
+        return min(1.0, self.environment_steps / self._config.simic_trainer.entropy_anneal_steps)
+
+    def _metrics(self, updated: Updated, sample: ReplaySample) -> dict[str, float]:
+        rates = self.learning_rates.rates()
+        metrics = updated.metrics | {f"learning_rate.{name}": rate for name, rate in rates.items()}
+        metrics |= figures.of_batch(sample, self.steps_done - 1)
         metrics |= {
-            "grad_norm": grad_norm,
+            "grad_norm": updated.grad_norm,
             "entropy_coefficient": self._entropy_coefficient(),
             "reward_deviation": self.reward_scale.deviation,
-            "policy_lag": float(lags[: sample.fresh].mean()),
-            "policy_lag_max": float(lags[: sample.fresh].max()),
-            "replay_age": float(lags.mean()),
             "buffer_size": float(len(self.buffer)),
+            "conservative_mode": float(self.safety.conservative.active),
+            "conservative_entries": float(self.safety.conservative.entries),
         }
-        if self._episodes:
-            metrics |= {
-                "episodic_return": float(np.mean([episode.episode_return for episode in self._episodes])),
-                "episodic_length": float(np.mean([episode.length for episode in self._episodes])),
-                "episodic_accuracy": float(np.mean([episode.accuracy for episode in self._episodes])),
-                "episodic_parameters": float(
-                    np.mean([episode.parameters_added for episode in self._episodes])
-                ),
-            }
-        return metrics
+        if self._rules is not None:
+            metrics |= figures.of_curriculum(self._rules, self.curriculum)
+        return metrics | figures.of_episodes(self.ledger.episodes)
 
     # -- bytes -----------------------------------------------------------------------------------------------------
 
     def weights(self) -> bytes:
-        """The policy as it was after the last step, as safetensors bytes, for actors.
-
-        The normaliser goes on with every admission; a version does not, whenever its bytes are made.
-        """
-        named = self.policy.state_dict() | self._acting_normaliser
+        """The policy as it was after the last step, as safetensors bytes, for actors."""
+        named = self.engine.acting_weights()
         return safetensors.torch.save({name: tensor.contiguous() for name, tensor in named.items()})
-
-    def _normaliser_now(self) -> dict[str, Tensor]:
-        return {
-            f"normaliser.{name}": tensor.clone()
-            for name, tensor in self.policy.normaliser.state_dict().items()
-        }
 
     def state(self) -> LearnerState:
         """All of the state at this moment. Its tensors are the learner's own: `copy` it before the next move."""
-        return LearnerState(self._tensors(), self._numbers(), self._addresses())
+        return LearnerState(self.engine.tensors(), self._numbers(), self._addresses())
 
     def load_state(self, state: LearnerState, held: Iterable[Held]) -> None:
         """Become what another learner of the same configuration was. For a learner that has folded nothing yet.
@@ -378,73 +430,48 @@ class Learner:
         """
         numbers, addresses = state.numbers, state.addresses
         try:
-            self._load_tensors(state.tensors)
+            self.engine.load_tensors(state.tensors)
             self._load_rates(numbers["learning_rates"])
             self.steps_done = numbers["steps_done"]
-            self.environment_steps = numbers["environment_steps"]
             self.reward_scale.load_state_dict(numbers["reward_scale"])
-            self._next_episodes = {int(actor): list(n) for actor, n in numbers["next_episodes"].items()}
-            self._unrolls = {int(actor): count for actor, count in numbers["unrolls"].items()}
-            self._episodes.extend(msgspec.convert(numbers["episodes"], list[EpisodeFinished]))
-            self._answered = {int(a): (life, newest) for a, (life, newest) in addresses["answered"].items()}
-            self._unconsumed.extend(Unconsumed(*entry) for entry in addresses["unconsumed"])
+            self.ledger.load(numbers, addresses)
+            self.safety = msgspec.convert(numbers.get("safety", {}), Safety)
+            if self._rules is not None:
+                self.curriculum = self._rules.restored(numbers["curriculum"])
+            self._returns_since = list(numbers.get("returns_since", []))
             buffer, first_serial = numbers["buffer"], addresses["buffer"]["first_serial"]
-            self.buffer.restore(first_serial, buffer["inserted"], buffer["consumed"], held)
+            barred = buffer.get("barred", [])
+            self.buffer.restore(first_serial, buffer["inserted"], buffer["consumed"], held, barred)
         except (KeyError, TypeError, ValueError, RuntimeError, msgspec.ValidationError) as error:
             raise ContractError(f"this state is not one of a learner so configured: {error!r}") from error
 
-    def _tensors(self) -> dict[str, Tensor]:
-        named = {f"policy.{name}": tensor.detach() for name, tensor in self.policy.state_dict().items()}
-        named |= {f"acting.{name}": tensor for name, tensor in self._acting_normaliser.items()}
-        for name, optimizer in self._optimizers.items():
-            for index, state in optimizer.state_dict()["state"].items():
-                named |= {
-                    f"optimizer.{name}.{index}.{field}": value for field, value in sorted(state.items())
-                }
-        return named
-
-    def _load_tensors(self, tensors: dict[str, Tensor]) -> None:
-        policy = "policy."
-        self.policy.load_state_dict(
-            {name.removeprefix(policy): t for name, t in tensors.items() if name.startswith(policy)}
-        )
-        acting = "acting."
-        self._acting_normaliser = {
-            name.removeprefix(acting): t.clone() for name, t in tensors.items() if name.startswith(acting)
-        }
-        for name, optimizer in self._optimizers.items():
-            prefix = f"optimizer.{name}."
-            state: dict[int, dict[str, Tensor]] = {}
-            for key, tensor in tensors.items():
-                if key.startswith(prefix):
-                    index, field = key.removeprefix(prefix).split(".")
-                    # The optimiser takes them as its own and changes them in place.
-                    state.setdefault(int(index), {})[field] = tensor.clone()
-            groups = optimizer.state_dict()["param_groups"]
-            optimizer.load_state_dict({"state": state, "param_groups": groups})
-
-    def _load_rates(self, steps: dict[str, int]) -> None:
-        if set(steps) != set(self._optimizers):
-            raise ValueError(
-                f"learning rates of {sorted(steps)}, the optimisers are {sorted(self._optimizers)}"
-            )
-        self.learning_rates.load_state_dict(steps)
+    def _load_rates(self, rates: dict[str, Any]) -> None:
+        try:
+            self.learning_rates.load_state_dict(rates)
+        except InvariantViolation as error:
+            raise ValueError(str(error)) from error
 
     def _numbers(self) -> dict[str, Any]:
-        return {
+        """What was never used is left out, so that digests of older journals hold."""
+        buffer: dict[str, Any] = {"inserted": self.buffer.inserted, "consumed": self.buffer.consumed}
+        if self.buffer.barred:
+            buffer["barred"] = self.buffer.barred
+        books = self.ledger.numbers()
+        numbers: dict[str, Any] = {
             "steps_done": self.steps_done,
-            "environment_steps": self.environment_steps,
+            "environment_steps": books.pop("environment_steps"),
             "learning_rates": self.learning_rates.state_dict(),
             "reward_scale": self.reward_scale.state_dict(),
-            "next_episodes": {str(actor): list(n) for actor, n in sorted(self._next_episodes.items())},
-            "unrolls": {str(actor): count for actor, count in sorted(self._unrolls.items())},
-            "episodes": [msgspec.to_builtins(episode) for episode in self._episodes],
-            "buffer": {"inserted": self.buffer.inserted, "consumed": self.buffer.consumed},
+            **books,
+            "buffer": buffer,
         }
+        if self.safety.clock.reading_s is not None:
+            numbers["safety"] = msgspec.json.decode(msgspec.json.encode(self.safety))
+        if self._rules is not None:
+            numbers["curriculum"] = msgspec.json.decode(msgspec.json.encode(self.curriculum))
+        if self._returns_since:
+            numbers["returns_since"] = list(self._returns_since)
+        return numbers
 
     def _addresses(self) -> dict[str, Any]:
-        return {
-            "buffer": self.buffer.addresses(),
-            "unconsumed": [list(entry) for entry in self._unconsumed],
-            "answered": {str(actor): list(newest) for actor, newest in sorted(self._answered.items())},
-        }
+        return {"buffer": self.buffer.addresses(), **self.ledger.addresses()}

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from esper_simic.errors import BudgetExceeded, ContractError, InvariantViolation
-from esper_simic.graphs import ObservationSpec
+from esper_simic.specs import ExperienceSpec
 from esper_simic.trajectory import Trajectory, frame_layout
 
 Serials = npt.NDArray[np.int64]
@@ -41,7 +41,7 @@ class ReplaySample:
 
     Attributes:
         serials: `[B]` int64, serial numbers; the fresh ones come first.
-        fresh: How many are fresh.
+        fresh: How many of the oldest fresh ones it uses up; those of them that are barred it does without.
         versions: `[B]` int64, versions of the policies that acted.
         trajectory: The data, `[T, B]`.
     """
@@ -62,7 +62,7 @@ class GraphExperienceBuffer:
         state_size: Width of the recurrent state.
     """
 
-    def __init__(self, capacity: int, spec: ObservationSpec, length: int, state_size: int) -> None:
+    def __init__(self, capacity: int, spec: ExperienceSpec, length: int, state_size: int) -> None:
         self.capacity = capacity
         self._lane_axis = {frame.name: frame.lane_axis for frame in frame_layout(spec, length, 1, state_size)}
         self._rows: dict[str, Tensor] = {}
@@ -75,6 +75,7 @@ class GraphExperienceBuffer:
         self._first_serials = np.zeros(capacity, dtype=np.int64)
         self._inserted = 0
         self._consumed = 0
+        self._barred: set[int] = set()
 
     def __len__(self) -> int:
         return min(self._inserted, self.capacity)
@@ -93,6 +94,30 @@ class GraphExperienceBuffer:
     def fresh(self) -> int:
         """Experiences inserted and not yet consumed."""
         return self._inserted - self._consumed
+
+    @property
+    def _oldest(self) -> int:
+        """Serial number of the oldest experience held."""
+        return max(0, self._inserted - self.capacity)
+
+    @property
+    def barred(self) -> list[int]:
+        """Serial numbers of experiences that are held and never drawn again, ascending."""
+        return sorted(self._barred)
+
+    def bar(self, serials: Iterable[int]) -> None:
+        """Never draw these again: an update came to grief over them.
+
+        A batch is filled up from all that is held, so fresh ones that were no batch's turn yet may be among them. When
+        theirs comes they are consumed, and others are drawn in their place; at the head of what is fresh they are
+        consumed at once, so that the oldest fresh experience can always be drawn.
+        """
+        self._barred.update(serial for serial in map(int, serials) if serial >= self._oldest)
+        self._pass_barred()
+
+    def _pass_barred(self) -> None:
+        while self._consumed < self._inserted and self._consumed in self._barred:
+            self._consumed += 1
 
     @property
     def bytes(self) -> int:
@@ -128,6 +153,8 @@ class GraphExperienceBuffer:
         self._positions[slots] = position
         self._first_serials[slots] = serials.start
         self._inserted += lanes
+        if self._barred:
+            self._barred = {serial for serial in self._barred if serial >= self._oldest}
         return serials
 
     def consume_all(self) -> None:
@@ -147,7 +174,14 @@ class GraphExperienceBuffer:
             "positions": [int(position) for position in dict.fromkeys(self._positions[slots].tolist())],
         }
 
-    def restore(self, first_serial: int, inserted: int, consumed: int, held: Iterable[Held]) -> None:
+    def restore(
+        self,
+        first_serial: int,
+        inserted: int,
+        consumed: int,
+        held: Iterable[Held],
+        barred: Iterable[int] = (),
+    ) -> None:
         """Fill the buffer as it was when it gave its `addresses`.
 
         Args:
@@ -155,6 +189,7 @@ class GraphExperienceBuffer:
             inserted: Experiences ever inserted.
             consumed: Serial number of the oldest fresh experience.
             held: The unrolls at those positions, oldest first; read one after the other.
+            barred: As `barred` gave them.
 
         Raises:
             ContractError: They are not the experiences that a buffer of this capacity held then.
@@ -174,6 +209,7 @@ class GraphExperienceBuffer:
                 f"capacity of {self.capacity} it held those from {oldest} up to {inserted}"
             )
         self._consumed = consumed
+        self.bar(barred)
 
     def sample(self, batch_size: int, fresh: int, *, rng: np.random.Generator) -> ReplaySample:
         """Consume the `fresh` oldest fresh experiences and fill the batch as `choose` says.
@@ -188,12 +224,13 @@ class GraphExperienceBuffer:
     def consume(self, count: int) -> None:
         """Take the oldest fresh experiences for consumed; they stay in the buffer and can be drawn from it."""
         self._consumed += count
+        self._pass_barred()
 
     def choose(self, batch_size: int, fresh: int, *, rng: np.random.Generator) -> Serials:
         """The serial numbers `[B]` of a batch, without consuming anything: the `fresh` oldest fresh experiences first.
 
         The others are drawn uniformly without replacement among experiences held and not in the batch already; while
-        there are too few of them, with replacement among all held.
+        there are too few of them, with replacement among all held. Those that are barred are neither.
 
         Raises:
             InvariantViolation: Fewer fresh experiences than asked for.
@@ -201,8 +238,10 @@ class GraphExperienceBuffer:
         if self.fresh < fresh or batch_size < fresh:
             raise InvariantViolation(f"asked for {fresh} fresh of {batch_size}, only {self.fresh} are fresh")
         chosen = np.arange(self._consumed, self._consumed + fresh, dtype=np.int64)
-        oldest = self._inserted - len(self)
+        if self._barred:
+            return self._choose_among_sound(batch_size, chosen, rng)
         replayed = batch_size - fresh
+        oldest = self._oldest
         others = len(self) - fresh
         if others >= replayed:
             drawn = oldest + rng.choice(others, size=replayed, replace=False, shuffle=True)
@@ -211,6 +250,33 @@ class GraphExperienceBuffer:
         else:
             drawn = oldest + rng.integers(len(self), size=replayed)
         return np.concatenate([chosen, drawn.astype(np.int64)])
+
+    def _choose_among_sound(self, batch_size: int, chosen: Serials, rng: np.random.Generator) -> Serials:
+        """As `choose`, without those that are barred, neither among those `chosen` nor among the others."""
+        held = np.arange(self._oldest, self._inserted, dtype=np.int64)
+        sound = held[~np.isin(held, np.array(self.barred, dtype=np.int64))]
+        if not len(sound):
+            raise InvariantViolation(f"all {len(held)} experiences are barred; none of them is fresh")
+        first = sound[np.isin(sound, chosen)]
+        others, count = sound[~np.isin(sound, chosen)], batch_size - len(first)
+        drawn = (
+            rng.choice(others, size=count, replace=False, shuffle=True)
+            if len(others) >= count
+            else sound[rng.integers(len(sound), size=count)]
+        )
+        return np.concatenate([first, drawn])
+
+    def draw(self, count: int, *, rng: np.random.Generator) -> Serials:
+        """The serial numbers of so many different experiences held, drawn uniformly among those that are not barred.
+
+        Raises:
+            InvariantViolation: There are not so many.
+        """
+        held = np.arange(self._oldest, self._inserted, dtype=np.int64)
+        sound = held[~np.isin(held, np.array(self.barred, dtype=np.int64))]
+        if len(sound) < count:
+            raise InvariantViolation(f"asked for {count} experiences, there are {len(sound)}")
+        return rng.choice(sound, size=count, replace=False)
 
     def read(self, serials: Serials, fresh: int) -> ReplaySample:
         """The experiences of these serial numbers, of which the first `fresh` are fresh."""

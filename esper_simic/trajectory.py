@@ -20,9 +20,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from esper_simic.actions import BLUEPRINTS, CHOICE_HEADS, HEADS, Op, head_sizes
 from esper_simic.errors import ContractError
-from esper_simic.graphs import OBSERVATION_KEYS, ObservationSpec
+from esper_simic.specs import ExperienceSpec, action_bounds
 
 Array = npt.NDArray[Any]
 Buffer = bytes | bytearray | memoryview
@@ -33,11 +32,11 @@ class Trajectory:
     """Unrolls of B lanes over T steps.
 
     Attributes:
-        observations: Each `[T + 1, B, …]`, keys and dtypes as in `ObservationSpec`.
+        observations: Each `[T + 1, B, …]`, with keys, their order and dtypes as in `ExperienceSpec.shapes`.
         episode_start: `[T + 1, B]` bool; true where the observation begins an episode, so that the recurrent state
             is cleared before it.
         initial_state: `[B, state]` float32, the recurrent state before the first observation.
-        actions: `[T, B, heads]` int64.
+        actions: `[T, B, heads]` int64 or `[T, B, dimensions]` float32, as the spec's action is.
         behaviour_log_probs: `[T, B]` float32, of the policy that acted, over the causally relevant heads.
         rewards: `[T, B]` float32, as the environment gave them.
         ended: `[T, B]` bool; the episode ended with this step, by its horizon or from outside.
@@ -64,9 +63,22 @@ class Trajectory:
         """B."""
         return int(self.actions.shape[1])
 
+    def of_lanes(self, lanes: Tensor) -> Trajectory:
+        """Some lanes of it `[b]` int64, in that order, with all their steps."""
+        return Trajectory(
+            observations={key: tensor[:, lanes] for key, tensor in self.observations.items()},
+            episode_start=self.episode_start[:, lanes],
+            initial_state=self.initial_state[lanes],
+            actions=self.actions[:, lanes],
+            behaviour_log_probs=self.behaviour_log_probs[:, lanes],
+            rewards=self.rewards[:, lanes],
+            ended=self.ended[:, lanes],
+            truncation_values=self.truncation_values[:, lanes],
+        )
+
     def tensors(self) -> dict[str, Tensor]:
         """All tensors by name, observations under `observations.<key>`, in the order of `frame_layout`."""
-        named = {f"observations.{key}": self.observations[key] for key in OBSERVATION_KEYS}
+        named = {f"{_OBSERVATIONS}{key}": tensor for key, tensor in self.observations.items()}
         named |= {name: getattr(self, name) for name in _PLAIN_FIELDS}
         return named
 
@@ -74,10 +86,16 @@ class Trajectory:
     def from_tensors(named: Mapping[str, Tensor]) -> Trajectory:
         """The inverse of `tensors`."""
         return Trajectory(
-            observations={key: named[f"observations.{key}"] for key in OBSERVATION_KEYS},
+            observations={
+                name.removeprefix(_OBSERVATIONS): tensor
+                for name, tensor in named.items()
+                if name.startswith(_OBSERVATIONS)
+            },
             **{name: named[name] for name in _PLAIN_FIELDS},
         )
 
+
+_OBSERVATIONS = "observations."
 
 _PLAIN_FIELDS = (
     "episode_start",
@@ -105,16 +123,19 @@ class FrameSpec:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def frame_layout(spec: ObservationSpec, length: int, lanes: int, state_size: int) -> tuple[FrameSpec, ...]:
+_LITTLE_ENDIAN = {"int64": "<i8", "float32": "<f4"}
+
+
+def frame_layout(spec: ExperienceSpec, length: int, lanes: int, state_size: int) -> tuple[FrameSpec, ...]:
     """The frames of a trajectory of `length` steps and `lanes` lanes, in wire order."""
     observations = tuple(
-        FrameSpec(f"observations.{key}", (length + 1, lanes, *shape), np.dtype(dtype).newbyteorder("<"), 1)
+        FrameSpec(f"{_OBSERVATIONS}{key}", (length + 1, lanes, *shape), np.dtype(dtype).newbyteorder("<"), 1)
         for key, (shape, dtype) in spec.shapes().items()
     )
     plain: tuple[tuple[str, tuple[int, ...], str, int], ...] = (
         ("episode_start", (length + 1, lanes), "?", 1),
         ("initial_state", (lanes, state_size), "<f4", 0),
-        ("actions", (length, lanes, len(HEADS)), "<i8", 1),
+        ("actions", (length, lanes, *spec.action.shape), _LITTLE_ENDIAN[spec.action.dtype], 1),
         ("behaviour_log_probs", (length, lanes), "<f4", 1),
         ("rewards", (length, lanes), "<f4", 1),
         ("ended", (length, lanes), "?", 1),
@@ -131,7 +152,7 @@ def encode(trajectory: Trajectory) -> list[bytes]:
 
 
 def decode(
-    frames: Sequence[Buffer], spec: ObservationSpec, length: int, lanes: int, state_size: int
+    frames: Sequence[Buffer], spec: ExperienceSpec, length: int, lanes: int, state_size: int
 ) -> Trajectory:
     """Read a trajectory from raw frames into memory of its own.
 
@@ -160,35 +181,15 @@ def decode(
         _check_values(np.frombuffer(frame, dtype=expected.dtype), expected, bounds)
         array = np.frombuffer(frame, dtype=expected.dtype).reshape(expected.shape)
         named[expected.name] = torch.from_numpy(array.copy())
-    _check_masks(named["observations.action_mask"], spec)
-    return Trajectory.from_tensors(named)
+    trajectory = Trajectory.from_tensors(named)
+    spec.check(trajectory.observations)
+    return trajectory
 
 
-def _check_masks(masks: Tensor, spec: ObservationSpec) -> None:
-    """A packed mask that no environment makes would stop the learner in the middle of a step; refuse it here."""
-    layout = spec.mask_layout
-    operations = masks[..., layout.op].bool()
-    slots = masks[..., layout.op_slot].reshape(*masks.shape[:-1], len(Op), spec.slots).bool()
-    if not bool(operations[..., Op.WAIT].all()):
-        raise ContractError("an action mask forbids WAIT, which is always legal")
-    if not torch.equal(operations, slots.any(dim=-1)):
-        raise ContractError(
-            "an action mask allows an operation without a slot for it, or a slot without its operation"
-        )
-    for head in CHOICE_HEADS:
-        if not bool(masks[..., layout.choices(head)].bool().any(dim=-1).all()):
-            raise ContractError(f"an action mask leaves no legal choice of {head}")
-
-
-def _exclusive_bounds(spec: ObservationSpec) -> dict[str, Array]:
-    return {
-        "observations.host_mask": np.array(2),
-        "observations.slot_mask": np.array(2),
-        "observations.action_mask": np.array(2),
-        "observations.slot_host": np.array(spec.host_nodes),
-        "observations.slot_blueprint": np.array(len(BLUEPRINTS) + 1),
-        "actions": np.array(head_sizes(spec.slots)),
-    }
+def _exclusive_bounds(spec: ExperienceSpec) -> dict[str, Array]:
+    bounds = {f"{_OBSERVATIONS}{key}": bound for key, bound in spec.bounds().items()}
+    actions = action_bounds(spec.action)
+    return bounds if actions is None else bounds | {"actions": actions}
 
 
 def _check_values(values: Array, expected: FrameSpec, bounds: Mapping[str, Array]) -> None:

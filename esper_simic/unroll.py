@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -17,18 +17,19 @@ import torch
 from torch import Tensor
 
 from esper_simic import seeding
-from esper_simic.actions import HEADS
 from esper_simic.errors import InvariantViolation
 from esper_simic.events import EpisodeFinished
-from esper_simic.graphs import OBSERVATION_KEYS
-from esper_simic.policies.graph_policy import GraphPolicy, observations_from_numpy
-from esper_simic.trajectory import Trajectory
+from esper_simic.policies.policy import Policy
+from esper_simic.trajectory import Trajectory, frame_layout
 
 Array = npt.NDArray[Any]
 
+CHANCE_BLOCK: Final = 64
+"""Steps of a lane for which uniform numbers are drawn at once; any other number gives the same numbers."""
+
 
 class Lanes(Protocol):
-    """What an unroll needs of a vector environment (see `GrowingHostVectorEnv`)."""
+    """What an unroll needs of a vector environment (see `worlds.world.Lanes`)."""
 
     @property
     def num_envs(self) -> int:
@@ -39,11 +40,20 @@ class Lanes(Protocol):
 
 
 class ActionChance:
-    """Uniform numbers for the choices of each lane, by lane seed and episode number."""
+    """Uniform numbers for the choices of each lane, by lane seed and episode number.
 
-    def __init__(self, lane_seeds: Sequence[int], episode_numbers: Sequence[int]) -> None:
+    Args:
+        lane_seeds: One a lane.
+        episode_numbers: The episode each lane is in, at its start.
+        width: Numbers that one action takes.
+    """
+
+    def __init__(self, lane_seeds: Sequence[int], episode_numbers: Sequence[int], width: int) -> None:
         self._lane_seeds = tuple(lane_seeds)
         self._streams = [self._stream(lane, number) for lane, number in enumerate(episode_numbers)]
+        self._lanes = np.arange(len(self._lane_seeds))
+        self._block = np.empty((len(self._lane_seeds), CHANCE_BLOCK, width))
+        self._used = np.full(len(self._lane_seeds), CHANCE_BLOCK)
 
     def _stream(self, lane: int, episode: int) -> np.random.Generator:
         return seeding.generator(self._lane_seeds[lane], episode, "action")
@@ -51,10 +61,16 @@ class ActionChance:
     def begin(self, lane: int, episode: int) -> None:
         """Start the stream of a lane's next episode."""
         self._streams[lane] = self._stream(lane, episode)
+        self._used[lane] = CHANCE_BLOCK
 
     def draw(self) -> Array:
-        """`[lanes, heads]` float64 in [0, 1)."""
-        return np.stack([stream.random(len(HEADS)) for stream in self._streams])
+        """`[lanes, width]` float64 in [0, 1)."""
+        for lane in np.flatnonzero(self._used == CHANCE_BLOCK).tolist():
+            self._streams[lane].random(out=self._block[lane])
+            self._used[lane] = 0
+        drawn: Array = self._block[self._lanes, self._used]
+        self._used += 1
+        return drawn
 
 
 @dataclass(slots=True)
@@ -77,7 +93,7 @@ class UnrollCarry:
 
 
 def begin(
-    policy: GraphPolicy, observation: Mapping[str, Array], lane_seeds: Sequence[int], first: Array
+    policy: Policy, observation: Mapping[str, Array], lane_seeds: Sequence[int], first: Array
 ) -> UnrollCarry:
     """The carry of lanes that were just reset into the episodes numbered `first`."""
     lanes = len(lane_seeds)
@@ -85,13 +101,13 @@ def begin(
         observation=observation,
         episode_start=np.ones(lanes, dtype=bool),
         state=policy.initial_state(lanes),
-        chance=ActionChance(lane_seeds, [int(number) for number in first]),
+        chance=ActionChance(lane_seeds, [int(number) for number in first], policy.spec.action.chance),
         episode_numbers=np.array(first, dtype=np.int64),
     )
 
 
 def unroll(
-    policy: GraphPolicy, lanes: Lanes, carry: UnrollCarry, length: int
+    policy: Policy, lanes: Lanes, carry: UnrollCarry, length: int
 ) -> tuple[Trajectory, list[EpisodeFinished]]:
     """Step every lane `length` times; `carry` is moved on in place.
 
@@ -104,45 +120,58 @@ def unroll(
     Returns:
         The trajectory `[T, E]` and the episodes that ended in it, in order of time.
     """
-    initial_state = carry.state.clone()
-    observations: list[Mapping[str, Array]] = []
-    starts, actions, log_probs, rewards, ended, truncation_values = [], [], [], [], [], []
+    record = _Record(policy, lanes.num_envs, length)
+    record.initial_state[:] = carry.state.numpy()
     finished: list[EpisodeFinished] = []
-    for _ in range(length):
-        observations.append({key: carry.observation[key].copy() for key in OBSERVATION_KEYS})
-        starts.append(carry.episode_start)
+    for t in range(length):
+        record.observe(t, carry)
         decision = policy.act(
-            observations_from_numpy(carry.observation),
+            _tensors(carry.observation, record.keys),
             torch.from_numpy(carry.episode_start),
             carry.state,
             torch.from_numpy(carry.chance.draw()),
         )
         observation, reward, terminated, truncated, infos = lanes.step(decision.actions.numpy())
-        actions.append(decision.actions)
-        log_probs.append(decision.log_probs)
-        rewards.append(torch.from_numpy(np.asarray(reward, dtype=np.float32)))
         done = np.logical_or(terminated, truncated)
-        ended.append(torch.from_numpy(done.copy()))
-        truncation_values.append(_cut_values(policy, decision.state, truncated, infos))
+        record.actions[t] = decision.actions.numpy()
+        record.behaviour_log_probs[t] = decision.log_probs.numpy()
+        record.rewards[t] = reward
+        record.ended[t] = done
+        if truncated.any():
+            record.truncation_values[t] = _cut_values(policy, decision.state, truncated, infos, record.keys)
         carry.observation, carry.state, carry.episode_start = observation, decision.state, done
         if done.any():
             finished.extend(_outcomes(carry, np.flatnonzero(done), truncated, infos))
-    observations.append({key: carry.observation[key].copy() for key in OBSERVATION_KEYS})
-    starts.append(carry.episode_start)
-    trajectory = Trajectory(
-        observations={
-            key: torch.from_numpy(np.stack([observation[key] for observation in observations]))
-            for key in OBSERVATION_KEYS
-        },
-        episode_start=torch.from_numpy(np.stack(starts)),
-        initial_state=initial_state,
-        actions=torch.stack(actions),
-        behaviour_log_probs=torch.stack(log_probs),
-        rewards=torch.stack(rewards),
-        ended=torch.stack(ended),
-        truncation_values=torch.stack(truncation_values),
-    )
-    return trajectory, finished
+    record.observe(length, carry)
+    return record.trajectory(), finished
+
+
+class _Record:
+    """The arrays of one unroll, filled row by row; they become the trajectory's without another copy."""
+
+    def __init__(self, policy: Policy, lanes: int, length: int) -> None:
+        self.keys = tuple(policy.spec.shapes())
+        self._arrays: dict[str, Array] = {
+            frame.name: np.zeros(frame.shape, dtype=frame.dtype.newbyteorder("="))
+            for frame in frame_layout(policy.spec, length, lanes, policy.state_size)
+        }
+        self._observations = [self._arrays[f"observations.{key}"] for key in self.keys]
+        self._starts = self._arrays["episode_start"]
+        self.initial_state = self._arrays["initial_state"]
+        self.actions = self._arrays["actions"]
+        self.behaviour_log_probs = self._arrays["behaviour_log_probs"]
+        self.rewards = self._arrays["rewards"]
+        self.ended = self._arrays["ended"]
+        self.truncation_values = self._arrays["truncation_values"]
+
+    def observe(self, t: int, carry: UnrollCarry) -> None:
+        """Write row t of what is seen before acting."""
+        for rows, key in zip(self._observations, self.keys, strict=True):
+            rows[t] = carry.observation[key]
+        self._starts[t] = carry.episode_start
+
+    def trajectory(self) -> Trajectory:
+        return Trajectory.from_tensors({name: torch.from_numpy(rows) for name, rows in self._arrays.items()})
 
 
 def resimulate(
@@ -182,8 +211,8 @@ def resimulate(
 
 
 def _check_carry(carry: UnrollCarry, recorded: Trajectory, number: int, t: int) -> None:
-    for key in OBSERVATION_KEYS:
-        _check_same(f"observations.{key}", carry.observation[key], recorded.observations[key][t], number, t)
+    for key, rows in recorded.observations.items():
+        _check_same(f"observations.{key}", carry.observation[key], rows[t], number, t)
     _check_same("episode_start", carry.episode_start, recorded.episode_start[t], number, t)
 
 
@@ -201,18 +230,24 @@ def _check_same(key: str, found: Array, recorded: Tensor, number: int, t: int) -
         )
 
 
-def _cut_values(policy: GraphPolicy, state: Tensor, truncated: Array, infos: Mapping[str, Any]) -> Tensor:
+def _tensors(observation: Mapping[str, Array], keys: Sequence[str]) -> dict[str, Tensor]:
+    return {key: torch.from_numpy(np.ascontiguousarray(observation[key])) for key in keys}
+
+
+def _cut_values(
+    policy: Policy, state: Tensor, truncated: Array, infos: Mapping[str, Any], keys: Sequence[str]
+) -> Array:
     """Value `[E]` of the last observation of episodes cut from outside, 0 elsewhere."""
-    values = torch.zeros(len(truncated))
-    if not truncated.any():
-        return values
+    cut = np.flatnonzero(truncated)
     decision = policy.act(
-        observations_from_numpy(infos["final_obs"]),
-        torch.zeros(len(truncated), dtype=torch.bool),
-        state,
-        torch.full((len(truncated), len(HEADS)), 0.5, dtype=torch.float64),
+        _tensors({key: infos["final_obs"][key][cut] for key in keys}, keys),
+        torch.zeros(len(cut), dtype=torch.bool),
+        state[torch.from_numpy(cut)],
+        torch.full((len(cut), policy.spec.action.chance), 0.5, dtype=torch.float64),
     )
-    return torch.where(torch.from_numpy(truncated.copy()), decision.values, values)
+    values = np.zeros(len(truncated), dtype=np.float32)
+    values[cut] = decision.values.numpy()
+    return values
 
 
 def _outcomes(
@@ -228,12 +263,20 @@ def _outcomes(
                 number=int(carry.episode_numbers[lane]),
                 episode_return=float(episode["r"][lane]),
                 length=int(episode["l"][lane]),
-                accuracy=float(episode["accuracy"][lane]),
-                parameters_added=int(episode["parameters_added"][lane]),
-                fossils=int(episode["fossils"][lane]),
                 truncated=bool(truncated[lane]),
+                **{name: kind(episode[name][lane]) for name, kind in _MEASURES.items() if name in episode},
             )
         )
         carry.episode_numbers[lane] += 1
         carry.chance.begin(lane, int(carry.episode_numbers[lane]))
     return finished
+
+
+_MEASURES: Final[dict[str, type]] = {
+    "accuracy": float,
+    "parameters_added": int,
+    "fossils": int,
+    "success": bool,
+    "cut": bool,
+}
+"""What an episode may tell of itself beside its return and length, as far as its world knows such things."""

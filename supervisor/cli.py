@@ -17,7 +17,8 @@ import msgspec
 import typer
 from rich.console import Console
 
-from esper_simic.config import Config, parse, to_yaml
+from esper_simic.config import Config, SupervisorConfig, parse, to_yaml
+from esper_simic.config_gym import GROWING_HOST
 from esper_simic.errors import ConfigError, SimicError, UnavailableError
 from supervisor import cli_history, cli_report, config_file, faults, status, view
 from supervisor.cli_common import (
@@ -47,7 +48,9 @@ from supervisor.run import run as supervise
 from supervisor.vitals import Snapshot
 
 if TYPE_CHECKING:
-    from supervisor.metrics import TensorBoardWriter
+    from supervisor.metrics.endpoint import HttpEndpoint
+    from supervisor.metrics.prometheus import PrometheusExporter
+    from supervisor.metrics.tensorboard import TensorBoardWriter
 
 STATUS_CODE: Final = {
     status.Health.STARTING: OK,
@@ -72,6 +75,9 @@ EVALUATED: Final = (
 )
 """Policies measured at the end of a run, in the order of the table. The two dearest begin first: whoever trains the
 networks that the learned policy grew has to grow them again."""
+
+EVALUATED_IN_PLAY: Final = (LEARNED, "random")
+"""Policies measured at the end of a run in an environment that is no growing host."""
 
 TRAINING_LIMITS: Final = frozenset(f"supervisor.{key}" for key in LIMITS)
 """Keys by which a finished run is extended, where they are named on the command line."""
@@ -170,13 +176,13 @@ def run(
     facts = RunFacts(
         preset=begun_with,
         config_text=to_yaml(config),
-        evaluation_policies=EVALUATED if evaluation else (),
+        evaluation_policies=_evaluated(config) if evaluation else (),
         fingerprint={"python": platform.python_version(), "platform": sys.platform},
         versions={name: metadata.version(name) for name in VERSIONED},
         is_extended=any(assignment.partition("=")[0].strip() in TRAINING_LIMITS for assignment in given),
     )
     console = view.SteadyConsole()
-    display = _Display(console, directory)
+    display = _Display(console, directory, config.supervisor)
     try:
         outcome = supervise(directory, config, facts, clock=SystemClock(), observer=display)
     finally:
@@ -201,6 +207,10 @@ def _own_configuration(directory: Path, given: list[str]) -> tuple[str, Config]:
     return started.preset, config
 
 
+def _evaluated(config: Config) -> tuple[str, ...]:
+    return EVALUATED if config.environment.id == GROWING_HOST else EVALUATED_IN_PLAY
+
+
 def _make_way(directory: Path, restart_behavior: str) -> None:
     if restart_behavior not in RESTART_BEHAVIORS:
         fail(f"--restart-behavior is {' or '.join(RESTART_BEHAVIORS)}, not {restart_behavior!r}", USAGE)
@@ -220,7 +230,10 @@ class _Display:
     A disk that does not take the scalars is no reason to end a run: after a pause another file is begun.
     """
 
-    def __init__(self, console: Console, directory: Path) -> None:
+    def __init__(self, console: Console, directory: Path, config: SupervisorConfig) -> None:
+        self._exporter: PrometheusExporter | None = None
+        self._endpoint: HttpEndpoint | None = None
+        self._config = config
         self._console, self._view, self._rate = console, view.LiveView(console), view.RateMeter()
         self._directory = directory / "tensorboard"
         self._writer: TensorBoardWriter | None = None
@@ -232,17 +245,46 @@ class _Display:
             view.tell(self._console, f"going on with run {snapshot.run_id}")
         self._is_introduced = True
         rate = self._rate.observe(snapshot)
+        if self._config.metrics_port is not None:
+            self._serve(snapshot, rate, self._config.metrics_port)
         self._view.show(snapshot, rate)
         # Where this supervisor found the run was drawn by the one before.
         is_new = snapshot.learner.step > snapshot.learner.before
         if is_new and snapshot.elapsed_s >= self._not_before_s:
             self._draw(snapshot, rate)
 
+    def _serve(self, snapshot: Snapshot, rate: float, port: int) -> None:
+        """Let Prometheus see this moment; a port that cannot be had is told once and tried again."""
+        if self._exporter is None or self._endpoint is None:
+            from supervisor.metrics.endpoint import HttpEndpoint
+            from supervisor.metrics.prometheus import PrometheusExporter
+
+            self._exporter = PrometheusExporter({"run_id": snapshot.run_id, "preset": snapshot.preset})
+            self._endpoint = HttpEndpoint(self._config.metrics_host, port, {"/metrics": self._exporter.page})
+        self._exporter.show(
+            snapshot.learner.metrics
+            | snapshot.counters
+            | {
+                "learner_step": float(snapshot.learner.step),
+                "environment_steps": float(snapshot.environment.steps),
+                "steps_per_second": rate,
+            }
+            | {f"memory_bytes.{one.role}-{one.index}": float(one.memory_bytes) for one in snapshot.processes},
+            snapshot.histograms,
+        )
+        before, is_chosen = self._endpoint.note, self._endpoint.port != port
+        self._endpoint.attend(snapshot.elapsed_s)
+        if self._endpoint.port != port and not is_chosen:
+            host = self._config.metrics_host
+            view.tell(self._console, f"metrics are served on http://{host}:{self._endpoint.port}/metrics")
+        if self._endpoint.note and not before:
+            view.tell(self._console, f"{self._endpoint.note}; the run goes on without")
+
     def _draw(self, snapshot: Snapshot, rate: float) -> None:
         metrics = snapshot.learner.metrics | {"steps_per_second": rate}
         try:
             if self._writer is None:
-                from supervisor.metrics import TensorBoardWriter
+                from supervisor.metrics.tensorboard import TensorBoardWriter
 
                 self._writer = TensorBoardWriter(self._directory)
             self._writer.write(snapshot.environment.steps, metrics, time.time())
@@ -259,6 +301,8 @@ class _Display:
 
     def close(self) -> None:
         self._view.close()
+        if self._endpoint is not None:
+            self._endpoint.close()
         if self._writer is not None:
             try:
                 self._writer.close()

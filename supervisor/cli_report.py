@@ -45,7 +45,8 @@ def report(
 
     gathered = gather(directory)
     target = out or directory / FILE
-    data = page(gathered, LEFT_OUT if quick else _seen(gathered)).encode()
+    is_left_out = quick or not gathered.grows_hosts
+    data = page(gathered, LEFT_OUT if is_left_out else _seen(gathered)).encode()
     try:
         files.write_atomically(target, data)
     except OSError as error:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, Final, Literal, NamedTuple, get_args, get_origin
+from types import NoneType, UnionType
+from typing import Annotated, Any, Final, Literal, NamedTuple, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel
@@ -97,22 +98,42 @@ def _words(value: object) -> str:
     """A value as it stands in a YAML file; `unset` for none."""
     if value is None:
         return "unset"
-    if isinstance(value, tuple):
-        return f"[{', '.join(str(item) for item in value)}]"
+    if isinstance(value, tuple | list):
+        return f"[{', '.join(map(_words, value))}]"
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{name}: {_words(inner)}' for name, inner in value.items())}}}"
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def allowed_words(field: FieldInfo) -> str:
     """What a key accepts: `in [1e-06, 0.01]`, `>= 1`, `one of a, b`; empty where its description says it.
 
-    A square bracket includes the bound, a round one does not.
+    A square bracket includes the bound, a round one does not. Of a list or a mapping it is what each of its values
+    accepts: `each in [0, 1]`.
     """
-    if get_origin(field.annotation) is Literal:
-        choices = get_args(field.annotation)
-        return f"{'one of' if len(choices) > 1 else 'only'} {', '.join(str(choice) for choice in choices)}"
-    if field.annotation is bool:
-        return "true or false"
-    bounds = {name: getattr(rule, name) for rule in field.metadata for name in _BOUNDS if hasattr(rule, name)}
+    return _allowed(field.annotation, field.metadata)
+
+
+def _allowed(annotation: object, rules: Iterable[object]) -> str:
+    origin, inner = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        # Pydantic takes the outermost annotation apart itself, and leaves what stands within.
+        described = FieldInfo.from_annotation(annotation)  # type: ignore[arg-type]
+        return _allowed(described.annotation, described.metadata)
+    if origin in (Union, UnionType):
+        present = [one for one in inner if one is not NoneType]
+        if len(present) == 1 and not _bounds_words(rules):
+            return _allowed(present[0], rules)
+    if origin is Literal:
+        return f"{'one of' if len(inner) > 1 else 'only'} {', '.join(map(str, inner))}"
+    if origin in (tuple, dict) and inner:
+        each = _allowed(inner[0] if origin is tuple else inner[1], ())
+        return f"each {each}" if each else ""
+    return "true or false" if annotation is bool else _bounds_words(rules)
+
+
+def _bounds_words(rules: Iterable[object]) -> str:
+    bounds = {name: getattr(rule, name) for rule in rules for name in _BOUNDS if hasattr(rule, name)}
     low = next(((name, bounds[name]) for name in ("ge", "gt") if name in bounds), None)
     high = next(((name, bounds[name]) for name in ("le", "lt") if name in bounds), None)
     if low and high:

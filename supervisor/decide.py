@@ -287,6 +287,8 @@ def _progressed(state: RunState, observed: ProgressHeard, now_s: float, config: 
     who = observed.child
     if who.role != "learner" or not _is(state, who, *LIVE) or state.phase is not Phase.TRAINING:
         return ()
+    if observed.is_halted:
+        return (TrainingEnded(at_s=now_s, reason="halted"),)
     if _was_last(observed.learner_step, config):
         return (TrainingEnded(at_s=now_s, reason="max_updates"),)
     made = observed.environment_steps - (state.steps_before or 0)
@@ -366,8 +368,11 @@ def _tick(state: RunState, observed: Tick, now_s: float, config: SupervisorConfi
                 pass
         if reason:
             events.append(ask(who, now_s, reason=reason, kill_at_s=now_s))
-    if state.phase is Phase.TRAINING and _time_is_up(state, now_s, config):
-        events.append(TrainingEnded(at_s=now_s, reason="max_seconds"))
+    if state.phase is Phase.TRAINING:
+        if _has_passed(state, now_s, config.max_seconds):
+            events.append(TrainingEnded(at_s=now_s, reason="max_seconds"))
+        elif _has_passed(state, now_s, _training_timeout_s(state)):
+            events.append(TrainingEnded(at_s=now_s, reason="training_timeout"))
     return tuple(events)
 
 
@@ -438,9 +443,17 @@ def _was_last(learner_step: int, config: SupervisorConfig) -> bool:
     return config.max_updates is not None and learner_step >= config.max_updates
 
 
-def _time_is_up(state: RunState, now_s: float, config: SupervisorConfig) -> bool:
-    began_s, limit_s = state.training_started_s, config.max_seconds
+def _has_passed(state: RunState, now_s: float, limit_s: float | None) -> bool:
+    """Whether this invocation's training has gone on for so long."""
+    began_s = state.training_started_s
     return began_s is not None and limit_s is not None and now_s - began_s >= limit_s
+
+
+def _training_timeout_s(state: RunState) -> float | None:
+    """`simic_trainer.training_timeout_hours` of the run, in seconds; None where its configuration knows no such key."""
+    section = state.started.config.get("simic_trainer") if state.started else None
+    hours = section.get("training_timeout_hours") if isinstance(section, dict) else None
+    return None if hours is None else 3600.0 * float(hours)
 
 
 def _is(state: RunState, who: ChildId, *statuses: Status) -> bool:

@@ -23,7 +23,7 @@ from esper_simic.errors import ContractError
 
 Role = Literal["learner", "actor", "evaluate"]
 
-EndOfTraining = Literal["max_seconds", "max_steps", "max_updates", "requested"]
+EndOfTraining = Literal["max_seconds", "max_steps", "max_updates", "training_timeout", "halted", "requested"]
 
 Outcome = Literal["finished", "stopped", "failed"]
 
@@ -359,11 +359,15 @@ class ChildGone(Input, frozen=True, kw_only=True):
 
 
 class ProgressHeard(Input, frozen=True, kw_only=True):
-    """A child's report of work done; only the learner's counts of the run are judged."""
+    """A child's report of work done; only the learner's counts of the run are judged.
+
+    `is_halted`: the learner makes no update any more, because measures against its troubles are exhausted.
+    """
 
     child: ChildId
     learner_step: int
     environment_steps: int
+    is_halted: bool = False
 
 
 class LearnerReported(Input, frozen=True, kw_only=True):

@@ -55,6 +55,7 @@ from supervisor.outcome import RunOutcome, outcome_of, run_id_of
 from supervisor.processes import Placement, Spawned
 from supervisor.protocol import (
     ACCEPTS,
+    HALTED,
     Command,
     CommandReply,
     Evaluate,
@@ -347,7 +348,12 @@ class Supervisor:
                     self._vitals.heard(message, self.now_s)
                 steps = message.environment_steps
                 self._take(
-                    ProgressHeard(child=who, learner_step=message.learner_step, environment_steps=steps)
+                    ProgressHeard(
+                        child=who,
+                        learner_step=message.learner_step,
+                        environment_steps=steps,
+                        is_halted=message.phase == HALTED,
+                    )
                 )
             case Stopped():
                 self._hear_last_words(who, message)

@@ -20,6 +20,7 @@ from typing import Any, Final, Literal
 import msgspec
 
 from esper_simic.events import EpisodeFinished
+from esper_simic.telemetry import HistogramCounts
 from supervisor.events import Role
 
 
@@ -56,7 +57,8 @@ class Progress(FromChild, frozen=True, kw_only=True):
     `work` is a count that only grows when the child did some of its own work; a report in which it has not grown is no
     progress. `waiting_for` says what a child lacks that it cannot make itself, such as `"credit"` or `"experience"`:
     such a child is not blamed as long as any other one makes progress. `environment_steps` of the learner counts the
-    steps admitted in the run, of an actor the steps it made.
+    steps admitted in the run, of an actor the steps it made. `histograms` count every update of the learner's life, so
+    a report that is lost loses nothing.
     """
 
     work: int
@@ -65,6 +67,11 @@ class Progress(FromChild, frozen=True, kw_only=True):
     phase: str = ""
     waiting_for: str = ""
     metrics: dict[str, float] = {}
+    histograms: dict[str, HistogramCounts] = {}
+
+
+HALTED: Final = "halted"
+"""Phase of a learner that makes no update any more."""
 
 
 class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
@@ -179,7 +186,8 @@ class Unroll(Message, frozen=True, kw_only=True):
     """`steps` steps of `lanes` lanes, made by one policy version.
 
     `sequence` counts from 1 in each incarnation, in lockstep over all of them; `episode_numbers` are the lanes' current
-    episodes. In lockstep the recurrent state after the last step follows the frames, `[lanes, state]` float32.
+    episodes, `stage` is the stage of the curriculum they were in. In lockstep the recurrent state after the last step
+    follows the frames, `[lanes, state]` float32.
     """
 
     actor: int
@@ -190,6 +198,7 @@ class Unroll(Message, frozen=True, kw_only=True):
     steps: int
     episode_numbers: list[int]
     episodes: list[EpisodeFinished]
+    stage: int = 0
 
 
 class Acknowledged(Message, frozen=True, kw_only=True):
@@ -220,9 +229,10 @@ class PullWeights(Message, frozen=True, kw_only=True):
 
 
 class Weights(Message, frozen=True, kw_only=True):
-    """A policy version; without frames when the asker already has it."""
+    """A policy version, without frames when the asker already has it, and the curriculum's stage to act in."""
 
     version: int
+    stage: int = 0
 
 
 KINDS: Final[dict[str, type[Message]]] = {

@@ -14,12 +14,18 @@ from rich.table import Table
 from rich.text import Text
 
 from supervisor.events import LEARNED, PolicyEvaluated
-from supervisor.standings import FIGURES, Figure, Row, compare
+from supervisor.standings import FIGURES, Figure, Row, compare, known_figures
 from supervisor.view import show, tell
 
 NOTHING: Final = "-"
 
 AHEAD: Final = "learned minus it"
+
+HEADS: Final = {"accuracy": "host accuracy %"}
+"""Heads of columns that are not the figure's label."""
+
+SHORT: Final = {"accuracy": "accuracy", "parameters": "parameters"}
+"""Figures by a single word, for the title."""
 
 RELATION: Final = {1: "higher", -1: "lower", 0: "no clear difference"}
 
@@ -46,20 +52,22 @@ def result_table(rows: Sequence[Row], border: box.Box = box.HEAVY_HEAD) -> Table
     """Return, host accuracy and added parameters of every policy, always the three together, with 95 % intervals.
 
     Of returns, which are skewed, the interquartile mean with its bootstrap interval, and what the learned policy has
-    more, seed by seed; of the others the mean with Student's interval. Below 110 columns.
+    more, seed by seed; of the others the mean with Student's interval. Below 110 columns. Where nothing grows, the
+    return is all there is.
     """
     episodes = max((row.episodes for row in rows), default=0)
+    earned, *others = known_figures(rows)
+    means = f"; {', '.join(SHORT[figure.key] for figure in others)}: mean" if others else ""
     title = Text(
         f"{episodes} held-out episodes each, same seeds; [95 % interval]\n"
-        f"return: interquartile mean ({AHEAD}: seed by seed); accuracy, parameters: mean"
+        f"return: interquartile mean ({AHEAD}: seed by seed){means}"
     )
     table = Table(title=title, title_justify="left", box=border)
     table.add_column("policy", overflow="fold")
-    heads = {figure.key: figure.label for figure in FIGURES} | {"accuracy": "host accuracy %"}
-    for head in (heads["return"], AHEAD, heads["accuracy"], heads["parameters"]):
+    for head in (earned.label, AHEAD, *(HEADS.get(figure.key, figure.label) for figure in others)):
         table.add_column(head, justify="right", overflow="fold")
     for row in rows:
-        cells = [_middle(row, FIGURES[0]), _ahead(row, FIGURES[0]), *(_mean(row, one) for one in FIGURES[1:])]
+        cells = [_middle(row, earned), _ahead(row, earned), *(_mean(row, figure) for figure in others)]
         table.add_row(Text(row.name), *map(Text, cells), style="bold" if row.name == LEARNED else None)
     return table
 

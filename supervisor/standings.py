@@ -8,7 +8,7 @@ and scipy.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -90,7 +90,8 @@ def compare(evaluations: Mapping[str, PolicyEvaluated], run_seed: int) -> list[R
         name: {key: _measured(values, run_seed) for key, values in outcomes(evaluated).items()}
         for name, evaluated in evaluations.items()
     }
-    front = _front({name: figures for name, figures in measured.items() if name != FIXED})
+    grown = {name: figures for name, figures in measured.items() if name != FIXED}
+    front = _front({name: figures for name, figures in grown.items() if figures["accuracy"].values})
     learned = measured.get(LEARNED)
     rows = [
         Row(
@@ -102,6 +103,20 @@ def compare(evaluations: Mapping[str, PolicyEvaluated], run_seed: int) -> list[R
         for name, figures in measured.items()
     ]
     return sorted(rows, key=lambda row: -_or_least(row.figures["return"].centre))
+
+
+def known_figures(rows: Sequence[Row]) -> tuple[Figure, ...]:
+    """The figures that any of these policies has: where nothing grows there is no accuracy and no parameter.
+
+    The return is always one of them, and without any policy all are.
+    """
+    if not rows:
+        return FIGURES
+    return tuple(
+        figure
+        for figure in FIGURES
+        if figure.key == "return" or any(row.figures[figure.key].values for row in rows)
+    )
 
 
 def run_seed_of(configured: RunConfigured | None) -> int:

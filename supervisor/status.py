@@ -20,11 +20,17 @@ from typing import Final
 import msgspec
 
 from esper_simic.errors import ContractError, UnavailableError
-from esper_simic.events import CheckpointSaved, ExperienceAdmitted, ExperienceRefused, LearnerStepped
+from esper_simic.events import (
+    CheckpointSaved,
+    ExperienceAdmitted,
+    ExperienceRefused,
+    LearnerStepped,
+    StepFailed,
+)
 from supervisor import checkpoints
 from supervisor.bus import Client, Received
 from supervisor.config_file import config_of
-from supervisor.journal import JournalDamage, read, read_last
+from supervisor.journal import JournalDamage, Record, read, read_last
 from supervisor.journal.writer import LOCK_NAME
 from supervisor.outcome import fold_journal
 from supervisor.protocol import ACCEPTS, Command, CommandReply, Message, StatusReply, StatusRequest
@@ -221,8 +227,8 @@ def _learner(run_dir: Path, state: RunState) -> tuple[LearnerView, EnvironmentVi
     directory = run_dir / "journal" / "learner-0"
     if state.started is None or not directory.is_dir():
         return LearnerView(), EnvironmentView(), 0.0
-    stepped = read_last(directory, kinds=("LearnerStepped",))
-    last = stepped[-1].header_as(LearnerStepped) if stepped else None
+    stepped = read_last(directory, kinds=("LearnerStepped", "StepFailed"))
+    last = _update(stepped[-1]) if stepped else None
     steps = last.environment_steps if last else 0
     until_ns = stepped[-1].time_ns if stepped else 0
     for record in read(directory, stepped[-1].position + 1 if stepped else 0):
@@ -232,11 +238,25 @@ def _learner(run_dir: Path, state: RunState) -> tuple[LearnerView, EnvironmentVi
             steps += admitted.length * admitted.lanes
         elif record.kind == "ExperienceRefused":
             steps += record.header_as(ExperienceRefused).steps
-    metrics = (last.metrics if last else {}) | _last_checkpoint(run_dir, until_ns)
+    metrics = _metrics(directory, last) | _last_checkpoint(run_dir, until_ns)
     step, before = last.step if last else 0, state.updates_before or 0
     learner = LearnerView(step=step, before=before, metrics=metrics)
     environment = EnvironmentView(steps=steps, before=state.steps_before or 0)
     return learner, environment, until_ns / 1e9 - state.started.started_unix_s
+
+
+def _update(record: Record) -> LearnerStepped | StepFailed:
+    if record.kind == StepFailed.__name__:
+        return record.header_as(StepFailed)
+    return record.header_as(LearnerStepped)
+
+
+def _metrics(directory: Path, last: LearnerStepped | StepFailed | None) -> dict[str, float]:
+    """Those of the newest update that was made."""
+    if isinstance(last, LearnerStepped):
+        return last.metrics
+    made = read_last(directory, kinds=("LearnerStepped",)) if last else []
+    return made[-1].header_as(LearnerStepped).metrics if made else {}
 
 
 def _last_checkpoint(run_dir: Path, until_ns: int) -> dict[str, float]:

@@ -100,12 +100,27 @@ def _after_the_last_child(state: RunState, now_s: float) -> Events:
     if state.checkpoint is not None and state.checkpoint.learner_step == 0:
         reason = "training ended before the first update: the limit is too short, or nothing was learned from"
         return (RunFailed(at_s=now_s, reason=reason),)
+    if state.training_ended is not None and state.training_ended.reason == "halted":
+        return (RunFailed(at_s=now_s, reason=_how_halted(state)),)
     if state.evaluated or not open_tasks(state):
         return (RunFinished(at_s=now_s, exit_code=0, outcome="finished", reason="the run is complete"),)
     children = [state.next_life("evaluate", index) for index in range(evaluators(state))]
     return (
         EvaluationStarted(at_s=now_s),
         *(schedule(who, now_s, now_s, attempt=0) for who in children),
+    )
+
+
+def _how_halted(state: RunState) -> str:
+    kept = (
+        f"the last good policy is in {state.checkpoint.path}"
+        if state.checkpoint
+        else "there is no checkpoint"
+    )
+    return (
+        f"the training halted itself: updates failed time and again although all measures were taken; {kept}. "
+        f"simic-supervisor log cat --owner learner-0 --kind StepFailed tells what they died of; begin anew with "
+        f"gentler settings, such as a lower simic_trainer.learning_rate"
     )
 
 

@@ -15,6 +15,7 @@ from typing import Final
 import msgspec
 
 from esper_simic.config import SupervisorConfig
+from esper_simic.telemetry import HistogramCounts, Totals
 from supervisor.events import ChildId, Role
 from supervisor.protocol import Progress
 from supervisor.state import RunState
@@ -58,6 +59,7 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
 
     `max_seconds` and `max_steps` count this invocation, as `elapsed_s` does; `max_updates` is of the whole run. While
     the run goes on, `troubles` say why it is not as well as it should be, `notes` what else is worth knowing.
+    `counters` and `histograms` add up over the learner's lives under this supervisor.
     """
 
     run_id: str
@@ -80,6 +82,8 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     max_updates: int | None = None
     troubles: list[str] = []
     notes: list[str] = []
+    counters: dict[str, float] = {}
+    histograms: dict[str, HistogramCounts] = {}
     schema: int = SCHEMA
 
 
@@ -91,6 +95,12 @@ DISK: Final = "disk"
 
 SILENCE_S: Final = 5.0
 """Children that wait say so several times a second; one that has said nothing for so long does not wait, it hangs."""
+
+BREAKER_OPEN: Final = 2.0
+"""As a learner reports it in `breaker.<name>`."""
+
+BUDGET_LEFT: Final = "slo_budget_left."
+"""Prefix of the shares of error budgets that are left."""
 
 DISK_FULL: Final = "the disk is full: nothing is taken in until there is room again"
 
@@ -105,6 +115,7 @@ class Vitals:
         self._anybody_at_s = 0.0
         self._learner: LearnerView | None = None
         self._steps = 0
+        self._totals = Totals()
 
     def heard(self, report: Progress, now_s: float) -> None:
         """Take one report."""
@@ -120,6 +131,7 @@ class Vitals:
 
     def _hear_learner(self, report: Progress) -> None:
         """Its counts and metrics; while it recovers it has no new ones, and the last ones stand."""
+        self._totals = self._totals.followed(report.incarnation, report.metrics, report.histograms)
         before = self._learner or LearnerView()
         metrics = _without_recovery(before.metrics) | report.metrics
         if report.phase == RECOVERING:
@@ -209,6 +221,8 @@ class Vitals:
             max_updates=config.max_updates,
             troubles=troubles(learner.metrics, is_disk_full=is_disk_full),
             notes=notes(learner.metrics),
+            counters=self._totals.counters(),
+            histograms=self._totals.histograms(),
         )
 
     def _standing(self, state: RunState) -> tuple[LearnerView, int, int]:
@@ -258,14 +272,30 @@ def troubles(metrics: Mapping[str, float], *, is_disk_full: bool = False) -> lis
     quarantined = metrics.get("quarantined", 0.0)
     if quarantined > 0:
         found.append(f"{quarantined:.0f} records of the learner's journal are quarantined: not learned from")
+    if metrics.get("breaker.training") == BREAKER_OPEN:
+        found.append("the training's breaker is open: updates failed in a row, none is made for a while")
     return found
 
 
 def notes(metrics: Mapping[str, float]) -> list[str]:
     """What else is worth knowing, by the learner's metrics."""
+    found = []
     if metrics.get("inexact", 0.0) > 0:
-        return ["the learner's last recovery was not exact: see LearnerRecovered in its journal"]
-    return []
+        found.append("the learner's last recovery was not exact: see LearnerRecovered in its journal")
+    if metrics.get("conservative_mode", 0.0) > 0:
+        found.append(
+            "conservative mode: smaller batches, lower rates, more time; see ConservativeModeEntered"
+        )
+    if metrics.get("breaker.vtrace") == BREAKER_OPEN:
+        found.append("V-trace's breaker is open: targets are TD(0) for now")
+    used_up = sorted(
+        name.removeprefix(BUDGET_LEFT)
+        for name, left in metrics.items()
+        if name.startswith(BUDGET_LEFT) and left <= 0
+    )
+    if used_up:
+        found.append(f"objectives out of their error budget: {', '.join(used_up)}")
+    return found
 
 
 def _without_recovery(metrics: Mapping[str, float]) -> dict[str, float]:

@@ -17,15 +17,19 @@ import pytest
 import safetensors.torch
 import torch
 
-from esper_simic import learner as learner_module
 from esper_simic import seeding
 from esper_simic.actions import HEADS, Op
 from esper_simic.algorithms.impala import impala_loss
-from esper_simic.config import Config, parse
+from esper_simic.config import Config, fresh_per_batch, parse
 from esper_simic.errors import InvariantViolation
 from esper_simic.events import EpisodeFinished, ExperienceAdmitted, ExperienceRefused
-from esper_simic.learner import ADAM_EPSILON, FORCED_VALUE_WEIGHT, Learner, StepReport
+from esper_simic.learner import Learner
+from esper_simic.step_report import StepReport
+from esper_simic.telemetry import StepObserver
 from esper_simic.trajectory import Trajectory
+from esper_simic.updates import impala as impala_module
+from esper_simic.updates.batch import FORCED_VALUE_WEIGHT
+from esper_simic.updates.optimisers import ADAM_EPSILON
 from tests.policies.synthetic import SPEC, make_policy, trajectory
 
 T, LANES = 3, 4
@@ -220,16 +224,16 @@ def test_lag_counts_updates() -> None:
 
 def test_a_new_incarnation_begins_episodes_that_nobody_has_seen() -> None:
     learner = Learner(make_config(), SPEC)
-    assert learner.next_episodes(0) == [0, 0, 0, 0]
+    assert learner.ledger.next_episodes(0) == [0, 0, 0, 0]
     ended = msgspec.structs.replace(make_episode(1.0), lane=2, number=7)
     event = msgspec.structs.replace(make_event(0, episodes=[ended]), episode_numbers=[3, 4, 7, 5])
     before = learner.state().numbers
     learner.admit(0, event, make_unroll(0))
     # Whether an actor names the episodes before or after the unroll, number 8 of lane 2 may have begun.
-    assert learner.next_episodes(0) == [4, 5, 9, 6]
-    assert learner.next_episodes(1) == [0, 0, 0, 0]
-    learner.next_episodes(0)[0] = 99
-    assert learner.next_episodes(0)[0] == 4
+    assert learner.ledger.next_episodes(0) == [4, 5, 9, 6]
+    assert learner.ledger.next_episodes(1) == [0, 0, 0, 0]
+    learner.ledger.next_episodes(0)[0] = 99
+    assert learner.ledger.next_episodes(0)[0] == 4
     after = learner.state().numbers
     assert (before["next_episodes"], after["next_episodes"]) == ({}, {"0": [4, 5, 9, 6]})
 
@@ -246,7 +250,7 @@ def losses(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         seen.append(arguments)
         return impala_loss(**arguments)
 
-    monkeypatch.setattr(learner_module, "impala_loss", listening)
+    monkeypatch.setattr(impala_module, "impala_loss", listening)
     return seen
 
 
@@ -254,7 +258,7 @@ def batch_of(learner: Learner) -> Trajectory:
     """The batch of the learner's next step (fresh ones first), without taking it."""
     trainer = learner._config.simic_trainer
     rng = seeding.generator(trainer.seed, "learner", 0, learner.steps_done)
-    serials = learner.buffer.choose(trainer.batch_size, learner._fresh_per_batch, rng=rng)
+    serials = learner.buffer.choose(trainer.batch_size, fresh_per_batch(learner._config), rng=rng)
     return learner.buffer.gather(serials)
 
 
@@ -317,7 +321,7 @@ def test_forced_steps_teach_only_a_little_value(losses: list[dict[str, Any]]) ->
 @pytest.mark.parametrize(("steps", "expected"), [(0, 0.02), (500, 0.012), (1000, 0.004), (5000, 0.004)])
 def test_the_entropy_weight_falls_linearly(losses: list[dict[str, Any]], steps: int, expected: float) -> None:
     learner = ready("simic_trainer.entropy_anneal_steps=1000")
-    learner.environment_steps = steps
+    learner.ledger.environment_steps = steps
     report = learner.step()
     assert losses[0]["entropy_coefficient"] == pytest.approx(expected)
     assert report.metrics["entropy_coefficient"] == pytest.approx(expected)
@@ -328,16 +332,32 @@ def test_statistics_of_observations_count_every_step_once() -> None:
     for number in range(3):
         admit(learner, number)
     # The last row of an unroll is the first of the next one.
-    assert learner.policy.normaliser.get_buffer("globals_count") == 3 * T * LANES
+    assert learner.policy.normaliser.state_dict()["globals_count"] == 3 * T * LANES
 
 
 # -- one update --------------------------------------------------------------------------------------------------------
 
 
+class Enough(Exception):
+    """Ends an update after its backward pass."""
+
+
+def backward_alone(learner: Learner) -> None:
+    """The backward pass of the learner's next update, without its step."""
+
+    def minimise(loss: torch.Tensor, *, max_norm: float, observer: StepObserver) -> float:
+        loss.backward()
+        raise Enough
+
+    learner.engine.optimisers.minimise = minimise  # type: ignore[method-assign, assignment]
+    with pytest.raises(Enough):
+        learner.step()
+
+
 def test_the_first_step_is_one_step_of_adam_on_the_clipped_gradient() -> None:
     learner, twin = ready("simic_trainer.max_grad_norm=0.01"), ready("simic_trainer.max_grad_norm=0.01")
     before = [parameter.detach().clone() for parameter in learner.policy.parameters()]
-    twin._loss(batch_of(twin)).total.backward()
+    backward_alone(twin)
     gradients = [parameter.grad for parameter in twin.policy.parameters()]
     norm = math.sqrt(sum(float(g.double().square().sum()) for g in gradients if g is not None))
     report = learner.step()
@@ -377,6 +397,10 @@ METRICS = {
     "policy_lag_max",
     "replay_age",
     "buffer_size",
+    "batch_size",
+    "conservative_mode",
+    "conservative_entries",
+    *(f"head_entropy.{head}" for head in HEADS),
 }
 EPISODE_METRICS = {"episodic_return", "episodic_length", "episodic_accuracy", "episodic_parameters"}
 
@@ -401,6 +425,17 @@ def test_metrics_have_their_names_and_are_finite() -> None:
         assert all(type(value) is float for value in report.metrics.values())
 
 
+def test_what_the_world_says_of_cuts_decides_whatever_it_calls_a_success() -> None:
+    """A time limit is the world's own rule; who was staggered or rolled back says little, success or not."""
+    learner = Learner(make_config(), SPEC)
+    told = make_episode(1.0, truncated=True)
+    at_the_limit = msgspec.structs.replace(told, cut=False, success=True)
+    staggered = msgspec.structs.replace(told, episode_return=99.0, cut=True, success=False)
+    learner.admit(0, make_event(0, episodes=[at_the_limit, staggered]), make_unroll(0))
+    assert learner.score == 1.0
+    assert learner.state().numbers["returns_since"] == [1.0]
+
+
 def test_outcomes_of_whole_episodes_are_metrics_and_those_of_cut_ones_are_not() -> None:
     learner = ready()
     episodes = [make_episode(1.0), make_episode(2.0), make_episode(99.0, truncated=True)]
@@ -421,13 +456,24 @@ def test_lag_is_measured_against_the_policy_that_was_updated() -> None:
     assert first["buffer_size"] == 32
 
 
-@pytest.mark.parametrize("where", ["rewards", "behaviour_log_probs"])
-def test_a_loss_that_is_not_finite_changes_no_weight(where: str) -> None:
+def test_a_batch_whose_ratios_are_not_finite_is_learned_from_without_them(
+    losses: list[dict[str, Any]],
+) -> None:
     learner = ready()
-    tensors = learner.buffer._rows[where]
+    learner.buffer._rows["behaviour_log_probs"][8:16] = math.nan
+    learner.step()
+    assert losses[0]["targets"] == "td"
+    learner = ready()
+    learner.step()
+    assert losses[1]["targets"] == "vtrace"
+
+
+def test_a_loss_that_is_not_finite_changes_no_weight() -> None:
+    learner = ready()
+    tensors = learner.buffer._rows["rewards"]
     tensors[8:16] = math.nan  # decoding refuses this; here it stands for any other cause
     before = {name: value.clone() for name, value in learner.state().tensors.items()}
-    with pytest.raises(InvariantViolation, match=r"step 1: loss nan"):
+    with pytest.raises(InvariantViolation, match=r"step 1: not finite: loss nan"):
         learner.step()
     after = learner.state().tensors
     assert set(after) == set(before)
@@ -502,7 +548,7 @@ def test_state_digest_covers_every_number() -> None:
     before = learner.state().digest
     learner.refuse(make_refusal(1))
     seen = {before, learner.state().digest}
-    learner.environment_steps -= 1
+    learner.ledger.environment_steps -= 1
     assert learner.state().digest == before
     learner.buffer.consume_all()
     seen.add(learner.state().digest)

@@ -130,6 +130,7 @@ def test_every_episode_is_told_once_when_it_ends(whole: tuple[Trajectory, list[E
         assert episode.length == end - begins[lane]
         rewards = seen.rewards[begins[lane] : end, lane].double()
         assert episode.episode_return == pytest.approx(float(rewards.sum()), abs=1e-5)
+        assert episode.accuracy is not None
         assert 0 <= episode.accuracy <= 100
         begins[lane] = end
     ended = torch.zeros(2 * LENGTH, LANES, dtype=torch.bool)
@@ -162,7 +163,8 @@ def test_the_value_of_a_cut_episode_is_that_of_its_last_observation() -> None:
         observation, _, _, _, infos = again.step(seen.actions[t].numpy())
     last = observations_from_numpy(infos["final_obs"])
     value = policy.act(last, torch.zeros(LANES, dtype=torch.bool), state, chance).values[0]
-    assert torch.equal(seen.truncation_values[1, 0], value)
+    # Only the lanes that are cut are asked for a value; a smaller batch may round otherwise.
+    assert float(seen.truncation_values[1, 0]) == pytest.approx(float(value), rel=1e-5)
     assert torch.equal(carry.state, state)
 
 
@@ -188,7 +190,7 @@ def test_an_episode_is_the_same_whatever_was_before_it(
 
 
 def test_chance_is_the_stream_of_lane_and_episode() -> None:
-    chance = ActionChance([5, 6], [0, 3])
+    chance = ActionChance([5, 6], [0, 3], len(HEADS))
     first = [chance.draw(), chance.draw()]
     for lane, (seed, episode) in enumerate([(5, 0), (6, 3)]):
         stream = seeding.generator(seed, episode, "action")

@@ -3,7 +3,7 @@
     delta_t = r_t + gamma_t V(x_{t+1}) - V(x_t)
     A_t     = delta_t + gamma_t lambda A_{t+1}
 
-with `gamma_t = 0` where the episode ends with step t.
+with `gamma_t = 0` where the episode ends with step t: whatever lies behind it, even an infinite value, has no part.
 
 Source: Schulman et al., High-Dimensional Continuous Control Using Generalized Advantage Estimation (2016),
 equation 16.
@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from esper_simic.algorithms.recursion import affine_scan, next_values
 from esper_simic.algorithms.shapes import check_unrolls
 
 
@@ -46,10 +47,6 @@ def gae(
         ValueError: Shapes or dtypes do not agree; the message names the argument.
     """
     check_unrolls(rewards=rewards, discounts=discounts, values=values, bootstrap_value=bootstrap_value)
-    next_values = torch.cat([values[1:], bootstrap_value.unsqueeze(0)])
-    advantages = list((rewards + discounts * next_values - values).unbind(0))
-    decays = (discounts * lambda_).unbind(0)
-    for t in range(len(advantages) - 2, -1, -1):
-        advantages[t] = torch.addcmul(advantages[t], decays[t], advantages[t + 1])
-    stacked = torch.stack(advantages)
-    return GAEReturns(stacked, stacked + values)
+    deltas = rewards + discounts * next_values(values, bootstrap_value, discounts) - values
+    advantages = affine_scan(discounts * lambda_, deltas)
+    return GAEReturns(advantages, advantages + values)

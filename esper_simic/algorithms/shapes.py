@@ -1,4 +1,4 @@
-"""The check at the door of every algorithm here: one layout, one dtype."""
+"""The checks at the door of every algorithm here: one layout, one dtype."""
 
 from __future__ import annotations
 
@@ -24,6 +24,17 @@ def check_unrolls(**tensors: Tensor) -> None:
             raise ValueError(
                 f"{name} must be {list(expected)} {like.dtype} like {first}, it is {_describe(tensor)}"
             )
+
+
+def check_masks(like: Tensor, **masks: Tensor) -> None:
+    """Refuse masks of another shape than `like`; any dtype will do, 0 or False means no.
+
+    Raises:
+        ValueError: The message names the mask.
+    """
+    for name, mask in masks.items():
+        if mask.shape != like.shape:
+            raise ValueError(f"{name} must be {list(like.shape)}, it is {_describe(mask)}")
 
 
 def _describe(tensor: Tensor) -> str:

@@ -7,6 +7,11 @@
 
 with `gamma_s = 0` where the episode ends with step s, so that nothing crosses an episode's end.
 
+Ratios pi/mu are taken within e^±`LOG_RHO_MAX`. The paper's formula has no such bound. With clips at or below
+e^`LOG_RHO_MAX` the upper one changes nothing; a ratio that would be smaller than e^-`LOG_RHO_MAX` (2e-9) counts as
+that. Without clips a product of ratios can still pass the largest float, as it can in the paper's formula: targets of
+that episode are then infinite or NaN, those of the episodes before it are not (on a CPU; see `recursion`).
+
 Source: Espeholt et al., IMPALA: Scalable Distributed Deep-RL with Importance Weighted Actor-Learner Architectures
 (2018), equation 1 and remarks 1 and 2 (the recursion and lambda), section 4.2 (the advantage).
 """
@@ -18,6 +23,7 @@ from typing import Final, NamedTuple
 import torch
 from torch import Tensor
 
+from esper_simic.algorithms.recursion import affine_scan, next_values
 from esper_simic.algorithms.shapes import check_unrolls
 
 LOG_RHO_MAX: Final = 20.0
@@ -70,18 +76,20 @@ def vtrace(
         values=values,
         bootstrap_value=bootstrap_value,
     )
-    rhos = torch.exp(log_rhos.clamp(-LOG_RHO_MAX, LOG_RHO_MAX))
-    clipped_rhos = rhos if clip_rho is None else rhos.clamp(max=clip_rho)
-    coefficients = lambda_ * (rhos if clip_c is None else rhos.clamp(max=clip_c))
-    next_values = torch.cat([values[1:], bootstrap_value.unsqueeze(0)])
-    deltas = clipped_rhos * (rewards + discounts * next_values - values)
+    rhos = importance_ratios(log_rhos)
+    following = next_values(values, bootstrap_value, discounts)
+    deltas = clipped(rhos, clip_rho) * (rewards + discounts * following - values)
+    coefficients = lambda_ * clipped(rhos, clip_c)
+    vs = values + affine_scan(discounts * coefficients, deltas)
+    following_vs = next_values(vs, bootstrap_value, discounts)
+    return VTraceReturns(vs, clipped(rhos, clip_pg_rho) * (rewards + discounts * following_vs - values))
 
-    decays = (discounts * coefficients).unbind(0)
-    corrections = list(deltas.unbind(0))
-    for t in range(len(corrections) - 2, -1, -1):
-        corrections[t] = torch.addcmul(corrections[t], decays[t], corrections[t + 1])
-    vs = values + torch.stack(corrections)
 
-    next_vs = torch.cat([vs[1:], bootstrap_value.unsqueeze(0)])
-    pg_rhos = rhos if clip_pg_rho is None else rhos.clamp(max=clip_pg_rho)
-    return VTraceReturns(vs, pg_rhos * (rewards + discounts * next_vs - values))
+def importance_ratios(log_rhos: Tensor) -> Tensor:
+    """`exp(log_rhos)`, within e^±`LOG_RHO_MAX`."""
+    return log_rhos.clamp(-LOG_RHO_MAX, LOG_RHO_MAX).exp()
+
+
+def clipped(rhos: Tensor, clip: float | None) -> Tensor:
+    """`min(clip, rhos)`; None for no clip."""
+    return rhos if clip is None else rhos.clamp(max=clip)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Final, NamedTuple
+from typing import Final
 
 import torch
 from torch import Tensor, nn
@@ -11,15 +11,9 @@ from torch_geometric.nn import SAGEConv
 
 from esper_simic.actions import BLUEPRINTS
 from esper_simic.graphs import ObservationSpec, pack
+from esper_simic.policies.parts import Encoded
 
 BLUEPRINT_EMBEDDING: Final = 4
-
-
-class Encoded(NamedTuple):
-    """`graph` `[N, out]`, `slots` `[N, slots, node]`."""
-
-    graph: Tensor
-    slots: Tensor
 
 
 class GraphEncoder(nn.Module):
@@ -72,7 +66,8 @@ class GraphEncoder(nn.Module):
             _masked_mean(seeds, mask[:, self._hosts :]),
             features["globals"],
         ]
-        return Encoded(self.read_out(torch.cat(pooled, dim=-1)), seeds)
+        inputs = torch.cat(pooled, dim=-1)
+        return Encoded(self.read_out(inputs), seeds, inputs)
 
 
 def _masked_mean(nodes: Tensor, mask: Tensor) -> Tensor:

@@ -13,27 +13,20 @@ from typing import Final, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from esper_simic.actions import CHOICE_HEADS, CHOICES, HEADS, RELEVANT_HEADS, MaskLayout, Op
+from esper_simic.actions import CHOICE_HEADS, CHOICES, HEADS, OP, RELEVANT_HEADS, SLOT, MaskLayout, Op
 from esper_simic.errors import InvariantViolation
+from esper_simic.policies.parts import HeadEvaluation, Latent
+from esper_simic.policies.sampling import invert
 
 MASKED_LOGIT: Final = -1e4
 OP_EMBEDDING: Final = 16
 
 
-class HeadEvaluation(NamedTuple):
-    """What actions were worth in log-probability, and how open the choice was; `[N]` each.
+class MaskedLogits(NamedTuple):
+    """Logits `[N, choices]`, `MASKED_LOGIT` where a choice is illegal, and which are legal `[N, choices]` bool."""
 
-    Attributes:
-        log_probs: Sum over relevant heads.
-        entropy: Sum over relevant heads, each divided by the logarithm of its number of legal choices.
-        head_log_probs: By head, whether it was relevant or not.
-        head_entropies: By head, whether it was relevant or not; 0 where there is one legal choice.
-    """
-
-    log_probs: Tensor
-    entropy: Tensor
-    head_log_probs: dict[str, Tensor]
-    head_entropies: dict[str, Tensor]
+    logits: Tensor
+    legal: Tensor
 
 
 class FactoredHeads(nn.Module):
@@ -60,67 +53,75 @@ class FactoredHeads(nn.Module):
             relevance[op, [HEADS.index(head) for head in heads]] = True
         self.register_buffer("relevance", relevance, persistent=False)
 
-    def sample(
-        self, core: Tensor, slots: Tensor, mask: Tensor, uniforms: Tensor
-    ) -> tuple[Tensor, HeadEvaluation]:
-        """Draw actions by inverting each head's distribution function.
+    @property
+    def last_layers(self) -> frozenset[str]:
+        """See `parts.Heads`."""
+        return frozenset({"op.weight", "slot_out.weight", "choice_out.weight"})
+
+    def sample(self, latent: Latent, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+        """See `parts.Heads`.
 
         Args:
-            core: `[N, core]`.
-            slots: `[N, slots, node]`.
-            mask: `[N, mask]`, packed.
+            latent: N rows with their slots and masks.
             uniforms: `[N, heads]` float64 in [0, 1).
 
         Returns:
-            Actions `[N, heads]` int64 and their evaluation.
+            Actions `[N, heads]` int64 and log-probabilities `[N]` over relevant heads.
 
         Raises:
             InvariantViolation: A state without any legal operation.
         """
-        op_logits = self._op_logits(core, mask)
-        op = invert(op_logits, uniforms[:, HEADS.index("op")])
-        slot_logits = self._slot_logits(core, slots, mask, op)
-        slot = invert(slot_logits, uniforms[:, HEADS.index("slot")])
-        chosen = {"op": op, "slot": slot}
-        logits = {"op": op_logits, "slot": slot_logits} | self._choice_logits(core, slots, mask, op, slot)
+        masked = {"op": self._op(latent)}
+        op = invert(*masked["op"], uniforms[:, OP])
+        masked["slot"] = self._slot(latent, op)
+        slot = invert(*masked["slot"], uniforms[:, SLOT])
+        masked |= self._choices(latent, op, slot)
+        chosen = {"op": op}
         relevance = self._relevant(op)
-        for head in CHOICE_HEADS:
-            drawn = invert(logits[head], uniforms[:, HEADS.index(head)])
-            chosen[head] = torch.where(relevance[head], drawn, _first_legal(logits[head]))
-        chosen["slot"] = torch.where(relevance["slot"], slot, _first_legal(slot_logits))
-        actions = torch.stack([chosen[head] for head in HEADS], dim=-1)
-        return actions, _evaluate(logits, chosen, relevance)
+        for head in ("slot", *CHOICE_HEADS):
+            drawn = slot if head == "slot" else invert(*masked[head], uniforms[:, HEADS.index(head)])
+            chosen[head] = torch.where(relevance[head], drawn, _first(masked[head].legal))
+        log_probs = torch.zeros_like(latent.core[:, 0])
+        for head in HEADS:
+            taken = _taken(masked[head].logits.log_softmax(dim=-1), chosen[head])
+            log_probs = log_probs + torch.where(relevance[head], taken, 0.0)
+        return torch.stack([chosen[head] for head in HEADS], dim=-1), log_probs
 
-    def evaluate(self, core: Tensor, slots: Tensor, mask: Tensor, actions: Tensor) -> HeadEvaluation:
-        """Log-probabilities and entropies of given actions; arguments as in `sample`, actions `[N, heads]`."""
+    def evaluate(self, latent: Latent, actions: Tensor) -> HeadEvaluation:
+        """See `parts.Heads`; actions `[N, heads]` int64.
+
+        Raises:
+            InvariantViolation: A state without any legal operation.
+        """
         chosen = {head: actions[:, index] for index, head in enumerate(HEADS)}
-        logits = {
-            "op": self._op_logits(core, mask),
-            "slot": self._slot_logits(core, slots, mask, chosen["op"]),
-        } | self._choice_logits(core, slots, mask, chosen["op"], chosen["slot"])
-        return _evaluate(logits, chosen, self._relevant(chosen["op"]))
+        masked = {
+            "op": self._op(latent),
+            "slot": self._slot(latent, chosen["op"]),
+        } | self._choices(latent, chosen["op"], chosen["slot"])
+        return _evaluate(masked, chosen, self._relevant(chosen["op"]))
 
-    def _op_logits(self, core: Tensor, mask: Tensor) -> Tensor:
-        legal = mask[:, self._layout.op].bool()
+    def free(self, mask: Tensor) -> Tensor:
+        """See `parts.Heads`: 1 where another operation than WAIT was legal."""
+        return (mask[..., self._layout.op].sum(dim=-1) > 1).float()
+
+    def _op(self, latent: Latent) -> MaskedLogits:
+        legal = latent.mask[:, self._layout.op].bool()
         if not bool(legal.any(dim=-1).all()):
             raise InvariantViolation("a state has no legal operation; WAIT must always be legal")
-        return _mask(self.op(core), legal)
+        return _mask(self.op(latent.core), legal)
 
-    def _slot_logits(self, core: Tensor, slots: Tensor, mask: Tensor, op: Tensor) -> Tensor:
-        context = self.slot_from_core(torch.cat([core, self.op_embedding(op)], dim=-1))
-        hidden = torch.relu(self.slot_from_node(slots) + context.unsqueeze(1))
-        legal = mask[:, self._layout.op_slot].reshape(-1, len(Op), self._layout.slots)
-        legal = legal[torch.arange(op.shape[0]), op].bool()
-        return _mask(self.slot_out(hidden).squeeze(-1), legal)
+    def _slot(self, latent: Latent, op: Tensor) -> MaskedLogits:
+        context = self.slot_from_core(torch.cat([latent.core, self.op_embedding(op)], dim=-1))
+        hidden = torch.relu(self.slot_from_node(latent.slots) + context.unsqueeze(1))
+        legal = latent.mask[:, self._layout.op_slot].reshape(-1, len(Op), self._layout.slots)
+        return _mask(self.slot_out(hidden).squeeze(-1), _rows(legal, op).bool())
 
-    def _choice_logits(
-        self, core: Tensor, slots: Tensor, mask: Tensor, op: Tensor, slot: Tensor
-    ) -> dict[str, Tensor]:
-        seed = slots[torch.arange(slot.shape[0]), slot]
-        hidden = torch.relu(self.choice_in(torch.cat([core, seed, self.op_embedding(op)], dim=-1)))
+    def _choices(self, latent: Latent, op: Tensor, slot: Tensor) -> dict[str, MaskedLogits]:
+        seed = _rows(latent.slots, slot)
+        hidden = torch.relu(self.choice_in(torch.cat([latent.core, seed, self.op_embedding(op)], dim=-1)))
         pieces = self.choice_out(hidden).split([CHOICES[head] for head in CHOICE_HEADS], dim=-1)
         return {
-            head: _mask(piece, mask[:, self._layout.choices(head)].bool())
+            head: _mask(piece, latent.mask[:, self._layout.choices(head)].bool())
             for head, piece in zip(CHOICE_HEADS, pieces, strict=True)
         }
 
@@ -129,44 +130,65 @@ class FactoredHeads(nn.Module):
         return {head: rows[:, index] for index, head in enumerate(HEADS)}
 
 
-def invert(logits: Tensor, uniforms: Tensor) -> Tensor:
-    """The choice at which the distribution function of softmax(logits) passes `uniforms`.
+class FlatGrowthHeads(FactoredHeads):
+    """`FactoredHeads` for a core that knows no slots of its own: their vectors are made of the core.
 
     Args:
-        logits: `[N, choices]`; masked ones so low that their probability is exactly 0 in float64.
-        uniforms: `[N]` float64 in [0, 1).
-
-    Returns:
-        `[N]` int64; never a choice of probability 0.
+        core: Width of the core's output.
+        node: Width of a slot's vector.
+        layout: Layout of the packed mask.
     """
-    cumulative = logits.double().softmax(dim=-1).cumsum(dim=-1)
-    total = cumulative[:, -1:]
-    # Rounding may carry u * total up to the total itself, which would point past the last choice.
-    target = torch.minimum(uniforms.unsqueeze(-1) * total, torch.nextafter(total, torch.zeros_like(total)))
-    return (cumulative <= target).sum(dim=-1)
+
+    def __init__(self, core: int, node: int, layout: MaskLayout) -> None:
+        super().__init__(core, node, layout)
+        self._node = node
+        self.slots = nn.Linear(core, layout.slots * node)
+
+    def sample(self, latent: Latent, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+        """See `FactoredHeads.sample`."""
+        return super().sample(self._with_slots(latent), uniforms)
+
+    def evaluate(self, latent: Latent, actions: Tensor) -> HeadEvaluation:
+        """See `FactoredHeads.evaluate`."""
+        return super().evaluate(self._with_slots(latent), actions)
+
+    def _with_slots(self, latent: Latent) -> Latent:
+        slots = torch.relu(self.slots(latent.core)).reshape(-1, self._layout.slots, self._node)
+        return latent._replace(slots=slots)
 
 
-def _mask(logits: Tensor, legal: Tensor) -> Tensor:
-    return torch.where(legal, logits, MASKED_LOGIT)
+def _mask(logits: Tensor, legal: Tensor) -> MaskedLogits:
+    return MaskedLogits(torch.where(legal, logits, MASKED_LOGIT), legal)
 
 
-def _first_legal(logits: Tensor) -> Tensor:
-    return (logits > MASKED_LOGIT / 2).int().argmax(dim=-1)
+def _rows(tensor: Tensor, index: Tensor) -> Tensor:
+    """Of each of N matrices `[N, rows, …]` the row that is named."""
+    return tensor[torch.arange(len(index), device=index.device), index]
+
+
+def _first(legal: Tensor) -> Tensor:
+    return legal.int().argmax(dim=-1)
+
+
+def _taken(all_log_probs: Tensor, chosen: Tensor) -> Tensor:
+    return all_log_probs.gather(-1, chosen.unsqueeze(-1)).squeeze(-1)
 
 
 def _evaluate(
-    logits: Mapping[str, Tensor], chosen: Mapping[str, Tensor], relevance: Mapping[str, Tensor]
+    masked: Mapping[str, MaskedLogits], chosen: Mapping[str, Tensor], relevance: dict[str, Tensor]
 ) -> HeadEvaluation:
-    head_log_probs, head_entropies = {}, {}
-    log_probs, entropy = torch.zeros_like(logits["op"][:, 0]), torch.zeros_like(logits["op"][:, 0])
+    head_log_probs, head_entropies, available = {}, {}, {}
+    nothing = torch.zeros_like(masked["op"].logits[:, 0])
+    log_probs, entropy = nothing, nothing
     for head in HEADS:
-        all_log_probs = logits[head].log_softmax(dim=-1)
-        legal = (logits[head] > MASKED_LOGIT / 2).sum(dim=-1)
-        scale = torch.where(legal > 1, legal, 2).to(all_log_probs.dtype).log()
-        taken = all_log_probs.gather(-1, chosen[head].unsqueeze(-1)).squeeze(-1)
+        all_log_probs = masked[head].logits.log_softmax(dim=-1)
+        legal = masked[head].legal.sum(dim=-1)
+        available[head] = legal > 1
+        scale = torch.where(available[head], legal, 2).to(all_log_probs.dtype).log()
+        taken = _taken(all_log_probs, chosen[head])
         spread = -(all_log_probs.exp() * all_log_probs).sum(dim=-1) / scale
         head_log_probs[head], head_entropies[head] = taken, spread
         # where, not a product: an irrelevant head's choice may be one of probability 0.
         log_probs = log_probs + torch.where(relevance[head], taken, 0.0)
         entropy = entropy + torch.where(relevance[head], spread, 0.0)
-    return HeadEvaluation(log_probs, entropy, head_log_probs, head_entropies)
+    return HeadEvaluation(log_probs, entropy, head_log_probs, head_entropies, relevance, available)

@@ -8,38 +8,41 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
-from esper_simic.actions import BLUEPRINTS
-from esper_simic.graphs import ObservationSpec
+from esper_simic.specs import ExperienceSpec
 
 CLIP: Final = 10.0
 VARIANCE_MIN: Final = 1e-2
 """Floor of the variance: a flag that is nearly always 0 must not become a shock of 10 when it first is 1."""
 
-NODE_KEYS: Final = ("host_nodes", "slot_nodes", "globals")
-
 
 class RunningNormaliser(nn.Module):
     """Mean and variance of every feature over all that was seen; `clamp((x - mean) / deviation, ±10)`.
 
-    Rows that stand for nothing (padding, empty slots) neither count nor come out as anything but zero. Statistics are
-    kept in float64 and merged batch by batch, so any split of the data gives the same result up to rounding.
+    Rows that stand for nothing (padding, empty slots; `ExperienceSpec.present`) neither count nor come out as anything
+    but zero. Statistics are kept in float64 and merged batch by batch, so any split of the data gives the same result
+    up to rounding.
+
+    Args:
+        spec: Shapes of one observation; its arrays of float32 are normalised, feature by feature of the last axis.
 
     Source: Chan, Golub, LeVeque, Updating Formulae and a Pairwise Algorithm for Computing Sample Variances (1979).
     """
 
-    def __init__(self, spec: ObservationSpec) -> None:
+    def __init__(self, spec: ExperienceSpec) -> None:
         super().__init__()
-        for key in NODE_KEYS:
+        self._spec = spec
+        self.keys = number_keys(spec)
+        for key in self.keys:
             size = spec.shapes()[key][0][-1]
             self.register_buffer(f"{key}_mean", torch.zeros(size, dtype=torch.float64))
             self.register_buffer(f"{key}_variance", torch.ones(size, dtype=torch.float64))
             self.register_buffer(f"{key}_count", torch.zeros((), dtype=torch.float64))
 
     def forward(self, observations: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Normalised features under `NODE_KEYS`, shapes unchanged."""
-        present = _present(observations)
+        """Normalised features under `keys`, shapes unchanged."""
+        present = self._spec.present(observations)
         normalised = {}
-        for key in NODE_KEYS:
+        for key in self.keys:
             values = observations[key]
             mean = self._buffer(key, "mean").to(values.dtype)
             deviation = self._buffer(key, "variance").clamp(min=VARIANCE_MIN).sqrt().to(values.dtype)
@@ -50,8 +53,8 @@ class RunningNormaliser(nn.Module):
     @torch.no_grad()
     def update(self, observations: Mapping[str, Tensor]) -> None:
         """Merge the rows of these observations, which may have any leading dimensions."""
-        present = _present(observations)
-        for key in NODE_KEYS:
+        present = self._spec.present(observations)
+        for key in self.keys:
             values = observations[key].to(torch.float64)
             rows = values[present[key].bool()] if key in present else values.reshape(-1, values.shape[-1])
             if rows.shape[0]:
@@ -73,9 +76,25 @@ class RunningNormaliser(nn.Module):
         return self.get_buffer(f"{key}_{name}")
 
 
-def _present(observations: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    occupied = observations["slot_blueprint"] < len(BLUEPRINTS)
-    return {
-        "host_nodes": observations["host_mask"].to(observations["host_nodes"].dtype),
-        "slot_nodes": (occupied & observations["slot_mask"].bool()).to(observations["slot_nodes"].dtype),
-    }
+class AsTheyAre(nn.Module):
+    """No normalisation: numbers pass as the environment gave them, and there is nothing to learn.
+
+    Args:
+        spec: Shapes of one observation.
+    """
+
+    def __init__(self, spec: ExperienceSpec) -> None:
+        super().__init__()
+        self.keys = number_keys(spec)
+
+    def forward(self, observations: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The arrays of numbers."""
+        return {key: observations[key] for key in self.keys}
+
+    def update(self, observations: Mapping[str, Tensor]) -> None:
+        """See `parts.Normaliser`."""
+
+
+def number_keys(spec: ExperienceSpec) -> tuple[str, ...]:
+    """Keys of a spec's arrays of numbers, in its order."""
+    return tuple(key for key, (_, dtype) in spec.shapes().items() if dtype == "float32")

@@ -1,6 +1,6 @@
 """Where a replay is to stop: before a step, where a metric says so, or where the numbers ended.
 
-`17` is a step, `nan` the first step with a metric that is not finite, or one that the run died of, and
+`17` is a step, `nan` a step with a metric that is not finite, one that failed, or one that the run died of, and
 `loss > 10` compares a recorded metric.
 """
 
@@ -47,7 +47,7 @@ class AtStep:
 
 @dataclass(frozen=True, slots=True)
 class NotFinite:
-    """Before a step with a metric that is not finite, and before one that the run died of."""
+    """Before a step with a metric that is not finite, and before one that failed or that the run died of."""
 
     def matches(self, step: int, metrics: Metrics) -> bool:
         """Whether to stop before this step, which has left these metrics; none where it was never finished."""

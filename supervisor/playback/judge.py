@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Literal, NamedTuple
 
 from esper_simic.errors import ContractError, UnavailableError
-from esper_simic.events import CheckpointStaged, LearnerRecovered, LearnerStepped
+from esper_simic.events import CheckpointStaged, LearnerRecovered, LearnerStepped, StepFailed
 from esper_simic.learner_state import LearnerState
 from supervisor.journal import Record
 from supervisor.playback.compare import (
@@ -45,9 +45,9 @@ def digests_of(folded: Folded) -> list[Compared]:
     """The digests that a record holds, each beside the one that was computed."""
     event, report = folded.event, folded.report
     compared: list[Compared] = []
-    if not isinstance(event, LearnerStepped | CheckpointStaged | LearnerRecovered):
+    if not isinstance(event, LearnerStepped | StepFailed | CheckpointStaged | LearnerRecovered):
         return compared
-    if isinstance(event, LearnerStepped) and report is not None:
+    if isinstance(event, LearnerStepped | StepFailed) and report is not None:
         compared.append(Compared("parameters", event.digest, report.digest))
     if event.state_digest is not None and folded.state_digest is not None:
         compared.append(Compared("state", event.state_digest, folded.state_digest))
@@ -121,8 +121,9 @@ class Judge:
     def _equal(self, record: Record, folded: Folded, compared: list[Compared]) -> None:
         tally = self.tally
         tally.states_equal += sum(one.what == "state" for one in compared)
-        if isinstance(folded.event, LearnerStepped) and folded.report is not None:
+        if isinstance(folded.event, LearnerStepped | StepFailed) and folded.report is not None:
             tally.steps_by_digest += 1
+        if isinstance(folded.event, LearnerStepped) and folded.report is not None:
             common = folded.event.metrics.keys() & folded.report.metrics.keys()
             differing = metric_differences(
                 {name: folded.event.metrics[name] for name in common},

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import code
+import copy
 import importlib
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from esper_simic.events import LearnerStepped, StepSkipped
+from esper_simic.events import LearnerStepped, StepFailed, StepSkipped
 from esper_simic.learner import Learner
-from esper_simic.policies.graph_policy import GraphPolicy
+from esper_simic.policies.policy import Policy
 from esper_simic.replay import ReplaySample
+from esper_simic.step_report import StepReport
 from supervisor.journal import Record
 from supervisor.playback.compare import metric_differences
 from supervisor.roles.fold import Folded
@@ -26,7 +28,7 @@ Before step {step}{where}. You have:
   record    the journal's record of the step{absent}
   metrics   what it recorded: {metrics}
   step      {step}
-  advance() make the step; tells digests and metrics, recorded and computed
+  advance() make the step; tells digests and metrics, or why it failed, recorded and computed
   stop()    end the replay when you leave
 
 Ctrl-D leaves, and the replay goes on to the next match.
@@ -37,53 +39,90 @@ Ctrl-D leaves, and the replay goes on to the next match.
 class Pause:
     """A replay that stands before a step.
 
-    `make` folds the record, or makes the step that the run died of; it is called once.
+    `make` folds the record, or makes the step that the journal does not hold; it is called once. `batch_size` is the
+    step's own where the safety of the training had made it smaller.
     """
 
     learner: Learner
     step: int
     record: Record | None
-    event: LearnerStepped | StepSkipped | None
-    make: Callable[[], Folded | None]
+    event: LearnerStepped | StepFailed | StepSkipped | None
+    make: Callable[[], Folded | StepReport]
+    batch_size: int | None = None
     made: Folded | None = None
+    unrecorded: StepReport | None = None
+    """What a step that the journal does not hold did."""
     is_made: bool = False
     is_stopped: bool = False
 
     @property
-    def policy(self) -> GraphPolicy:
+    def policy(self) -> Policy:
         """The network."""
         return self.learner.policy
 
     @property
     def metrics(self) -> dict[str, float]:
-        """What the step recorded; nothing where it was never finished."""
+        """What the step recorded; nothing where it failed or was never finished."""
         return dict(self.event.metrics) if isinstance(self.event, LearnerStepped) else {}
+
+    @property
+    def report(self) -> StepReport | None:
+        """What the step did; None before it is made."""
+        return self.unrecorded if self.made is None else self.made.report
+
+    @property
+    def failure(self) -> str:
+        """Why there are no new weights; empty where there are, or where that is not known yet."""
+        if self.report is not None:
+            return self.report.failure
+        return self.event.reason if isinstance(self.event, StepFailed) else ""
 
     @property
     def batch(self) -> ReplaySample | None:
         """The sample that the step takes, without consuming it; None where there is too little experience."""
-        return self.learner.next_batch() if self.learner.can_step() else None
+        is_enough = self.learner.can_step(self.batch_size)
+        return self.learner.next_batch(self.batch_size) if is_enough else None
 
     def advance(self) -> dict[str, Any]:
         """Make the step.
 
         Returns:
-            Digests and metrics, each recorded and computed.
+            Digests and metrics, each recorded and computed. Of a step that failed, why; it is folded as it was
+            recorded, and tried on a copy to see what is computed here, unless it was memory that it lacked. Of one
+            that the journal does not hold, what was computed.
+
+        Raises:
+            InvariantViolation: It is one that a run of before there were failed steps died of, and it fails here too.
         """
         if self.is_made:
             return {"step": self.learner.steps_done, "made": "already"}
         self.is_made = True
-        self.made = self.make()
-        folded = self.made
-        if folded is None or folded.report is None or not isinstance(folded.event, LearnerStepped):
+        failure = self._tried()
+        made = self.make()
+        if isinstance(made, StepReport):
+            self.unrecorded = made
+            told = {"failure": made.failure} if made.failure else {"metrics": made.metrics}
+            return {"step": made.step, "digest": made.digest} | told
+        self.made = made
+        event, report = made.event, made.report
+        if report is None or not isinstance(event, LearnerStepped | StepFailed):
             return {"step": self.learner.steps_done}
-        event, report = folded.event, folded.report
-        return {
+        answer: dict[str, Any] = {
             "step": report.step,
             "digest": {"recorded": event.digest, "computed": report.digest},
+        }
+        if isinstance(event, StepFailed):
+            return answer | {"failure": {"recorded": event.reason, "computed": failure}}
+        return answer | {
             "metrics": report.metrics,
             "metrics_differing": metric_differences(event.metrics, report.metrics),
         }
+
+    def _tried(self) -> str | None:
+        """Why the update of a `StepFailed` fails here, empty if it does not; None if there is nothing to try."""
+        if not isinstance(self.event, StepFailed) or self.event.out_of_memory:
+            return None
+        return copy.deepcopy(self.learner).step(self.event.inputs).failure
 
     def stop(self) -> None:
         """End the replay when the console is left."""
@@ -110,8 +149,17 @@ class Pause:
             where=f" (record {self.record.position})" if self.record else ", which the journal does not hold",
             size=0 if self.batch is None else len(self.batch.serials),
             absent="" if self.record else " (None: it was never finished)",
-            metrics=f"{shown}, ..." if shown else "nothing: it was never finished",
+            metrics=f"{shown}, ..." if shown else f"nothing: {self._why_none()}",
         )
+
+    def _why_none(self) -> str:
+        match self.event:
+            case StepFailed(reason=reason):
+                return f"it failed: {reason}"
+            case StepSkipped(reason=reason):
+                return f"it was given up: {reason}"
+            case _:
+                return "it was never finished"
 
 
 def console(pause: Pause) -> None:

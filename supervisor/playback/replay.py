@@ -20,8 +20,9 @@ import msgspec
 import torch
 
 from esper_simic.errors import BudgetExceeded, ContractError, InvariantViolation, UnavailableError
-from esper_simic.events import LearnerRecovered, LearnerStepped, RunStarted, StepSkipped
+from esper_simic.events import LearnerRecovered, LearnerStepped, RunStarted, StepFailed, StepSkipped
 from esper_simic.fingerprint import fingerprint
+from esper_simic.safety import StepInputs
 from supervisor.clock import Clock
 from supervisor.journal import JournalDamage, Record, read
 from supervisor.playback.breaks import AtStep, NotFinite, RequestError, check_metric
@@ -136,6 +137,7 @@ class _Replay:
         torch.set_num_threads(config.supervisor.learner_threads)
         self._judge = Judge(fingerprint())
         rank = int(request.owner.rpartition("-")[2])
+        self._batch_size = config.simic_trainer.batch_size
         self._fold = LearnerFold(config, self._journal, self._checkpoints, rank=rank)
         self._began_s = self._clock.monotonic_s()  # what was before are imports, not replaying
         if request.origin != START:
@@ -237,7 +239,9 @@ class _Replay:
         self._pass_checkpoints(record)
         event = event_of(record)
         folded = (
-            self._pause_before(record, event) if isinstance(event, LearnerStepped | StepSkipped) else None
+            self._pause_before(record, event)
+            if isinstance(event, LearnerStepped | StepFailed | StepSkipped)
+            else None
         )
         self._judge.note(record)
         if folded is None:
@@ -264,8 +268,9 @@ class _Replay:
         if isinstance(folded.event, RunStarted) or not report.fingerprint_differences:
             differing = fingerprint_differences(self._fold.fingerprint, self._judge.fingerprint_here)
             report.fingerprint_differences = differing
-        if isinstance(folded.event, LearnerStepped | StepSkipped):
+        if isinstance(folded.event, LearnerStepped | StepFailed | StepSkipped):
             report.steps += 1
+            report.steps_failed += isinstance(folded.event, StepFailed)
             report.last_step = folded.event.step
             self._tell()
 
@@ -280,7 +285,10 @@ class _Replay:
 
     def _stop_after(self, record: Record, folded: Folded) -> None:
         event = folded.event
-        if not isinstance(event, LearnerStepped | StepSkipped) or event.step != self._request.until:
+        if (
+            not isinstance(event, LearnerStepped | StepFailed | StepSkipped)
+            or event.step != self._request.until
+        ):
             return
         report = folded.report
         self._report.stopped = Stopped(
@@ -289,6 +297,7 @@ class _Replay:
             is_before=False,
             digest=report.digest if report else "",
             metrics=report.metrics if report else {},
+            failure=report.failure if report else "",
         )
         raise _End
 
@@ -344,41 +353,56 @@ class _Replay:
 
     # -- stopping before a step ------------------------------------------------------------------------------------
 
-    def _pause_before(self, record: Record, event: LearnerStepped | StepSkipped) -> Folded | None:
+    def _pause_before(
+        self, record: Record, event: LearnerStepped | StepFailed | StepSkipped
+    ) -> Folded | None:
         condition = self._request.condition
         if condition is None:
             return None
         metrics = event.metrics if isinstance(event, LearnerStepped) else {}
-        died = isinstance(event, StepSkipped) and isinstance(condition, NotFinite)
-        if not died and not condition.matches(event.step, metrics):
+        is_lost = isinstance(event, StepFailed | StepSkipped) and isinstance(condition, NotFinite)
+        if not is_lost and not condition.matches(event.step, metrics):
             return None
+        inputs = None if isinstance(event, StepSkipped) else event.inputs
+        size = self._batch_size_of(inputs)
         return self._pause(
-            Pause(self._fold.learner, event.step, record, event, lambda: self._fold.take(record))
+            Pause(self._fold.learner, event.step, record, event, lambda: self._fold.take(record), size)
         )
+
+    def _batch_size_of(self, inputs: StepInputs | None) -> int:
+        """Of the next update, if these come with it; the configured one for a journal that has none."""
+        if inputs is None:
+            return self._batch_size
+        return self._fold.learner.mode(inputs.at_s).batch_size(self._batch_size)
 
     def _pause_at_the_end(self) -> None:
         """The journal ends, and an update is possible: the run may have died of it."""
         condition, learner = self._request.condition, self._fold.learner
         if condition is None:
             return
-        step = learner.steps_done + 1
-        if learner.can_step() and (
-            condition.matches(step, {}) or (isinstance(condition, NotFinite) and self._dies())
+        step, inputs = learner.steps_done + 1, self._inputs_unrecorded()
+        size = self._batch_size_of(inputs)
+        may_step = learner.can_step(size) and (inputs is None or learner.mode(inputs.at_s).may_step)
+        if may_step and (
+            condition.matches(step, {}) or (isinstance(condition, NotFinite) and self._fails(inputs))
         ):
-            self._pause(Pause(learner, step, None, None, self._step_unrecorded))
+            self._pause(Pause(learner, step, None, None, lambda: learner.step(inputs), size))
         elif not self._pauses:
             self._report.notes.append("nothing was there to stop before")
 
-    def _dies(self) -> bool:
-        """Whether the next update raises; tried on a copy."""
+    def _inputs_unrecorded(self) -> StepInputs | None:
+        """What would come with the next update: a moment later. None in journals of before there was such a thing."""
+        learner = self._fold.learner
+        if learner.steps_done and learner.safety.clock.reading_s is None:
+            return None
+        return StepInputs(at_s=learner.lockstep_time_s())
+
+    def _fails(self, inputs: StepInputs | None) -> bool:
+        """Whether the next update gives no new weights; tried on a copy."""
         try:
-            copy.deepcopy(self._fold.learner).step()
+            return bool(copy.deepcopy(self._fold.learner).step(inputs).failure)
         except InvariantViolation:
             return True
-        return False
-
-    def _step_unrecorded(self) -> None:
-        self._fold.learner.step()
 
     def _pause(self, pause: Pause) -> Folded | None:
         """Let somebody look; what the step did, if they made it."""
@@ -393,9 +417,10 @@ class _Replay:
             self._report.stopped = Stopped(
                 position=pause.record.position if pause.record else None,
                 step=pause.step,
-                is_before=pause.made is None,
-                digest=pause.made.report.digest if pause.made and pause.made.report else "",
+                is_before=pause.made is None and pause.unrecorded is None,
+                digest=pause.report.digest if pause.report else "",
                 metrics=pause.metrics,
+                failure=pause.failure,
             )
             if pause.made is None:
                 raise _End

@@ -83,6 +83,8 @@ class Stopped(msgspec.Struct, frozen=True, kw_only=True):
     """Whether this step is still to be made."""
     digest: str
     metrics: dict[str, float]
+    failure: str = ""
+    """Why it gave no new weights."""
 
 
 class Damage(msgspec.Struct, frozen=True):
@@ -118,6 +120,8 @@ class ReplayReport(msgspec.Struct, kw_only=True):
     last_step: int = 0
     steps: int = 0
     """Replayed."""
+    steps_failed: int = 0
+    """Of them, those that gave no new weights, as recorded."""
     steps_by_digest: int = 0
     """Compared bit for bit, and equal."""
     steps_by_tolerance: int = 0

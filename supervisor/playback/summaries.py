@@ -9,6 +9,7 @@ from esper_simic.events import (
     AdmissionResumed,
     CheckpointSaved,
     CheckpointStaged,
+    CurriculumJudged,
     ExperienceAdmitted,
     ExperienceRefused,
     FingerprintChanged,
@@ -17,6 +18,7 @@ from esper_simic.events import (
     LearnerStepped,
     RecordQuarantined,
     RunStarted,
+    StepFailed,
     StepSkipped,
 )
 
@@ -39,6 +41,10 @@ def summary(event: LearnerEvent) -> str:  # noqa: C901, PLR0911, PLR0912 (a tabl
             return (
                 f"step {event.step} after {event.environment_steps} environment steps, digest {event.digest}"
             )
+        case CurriculumJudged():
+            return f"stage {event.stage}: {', '.join(type(fact).__name__ for fact in event.facts)}"
+        case StepFailed():
+            return f"step {event.step} failed: {event.reason}"
         case StepSkipped():
             return f"step {event.step}: {event.reason}"
         case CheckpointStaged():

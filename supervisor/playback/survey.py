@@ -17,6 +17,7 @@ from esper_simic.events import (
     LearnerRecovered,
     LearnerStepped,
     RecordQuarantined,
+    StepFailed,
     StepSkipped,
 )
 from supervisor import checkpoints
@@ -49,7 +50,7 @@ class Survey:
 
     first_position: int
     last_step: int = 0
-    """The last step there is, made or skipped."""
+    """The last step there is, made, failed or skipped."""
     metrics: set[str] = field(default_factory=set)
     """Names of all metrics of all steps."""
     gaps: list[Gap] = field(default_factory=list)
@@ -106,6 +107,8 @@ def _take(record: Record, found: Survey, breaks: _Breaks) -> None:
             stepped = record.header_as(LearnerStepped)
             found.last_step = stepped.step
             found.metrics.update(stepped.metrics)
+        case StepFailed.__name__:
+            found.last_step = record.header_as(StepFailed).step
         case StepSkipped.__name__:
             found.last_step = record.header_as(StepSkipped).step
         case CheckpointSaved.__name__:

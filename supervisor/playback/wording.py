@@ -69,12 +69,15 @@ def _stopped(report: ReplayReport) -> Iterator[str]:
     yield f"stopped {'before' if stopped.is_before else 'after'} step {stopped.step} ({place})"
     if stopped.digest:
         yield f"  digest {stopped.digest}"
+    if stopped.failure:
+        yield f"  it failed: {stopped.failure}"
     for name, value in sorted(stopped.metrics.items()):
         yield f"  {name} {value:.8g}"
 
 
 def _verdict(report: ReplayReport) -> str:
-    steps = f"{report.steps:,} step{'' if report.steps == 1 else 's'} replayed"
+    failed = f" ({report.steps_failed:,} failed, as recorded)" if report.steps_failed else ""
+    steps = f"{report.steps:,} step{'' if report.steps == 1 else 's'} replayed{failed}"
     origin = "" if report.origin == "start" else f" from {report.origin}"
     speed = f"{report.seconds:.1f} s"
     if report.times_as_fast is not None:

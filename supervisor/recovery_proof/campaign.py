@@ -54,6 +54,7 @@ SETTINGS: Final[Mapping[str, Any]] = {
     "supervisor.journal_segment_bytes_max": 2**20,
     "supervisor.journal_commit_interval_ms": 300,
     "supervisor.disk_reserve_bytes": 2**20,
+    "supervisor.metrics_port": "null",
 }
 """A run small enough to die often, with segments and checkpoints small and frequent enough to be torn. Nothing counts
 the deaths: they are wanted. Records wait long for company, so that whoever promises before it is durable is caught."""

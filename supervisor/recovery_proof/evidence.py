@@ -21,6 +21,7 @@ from esper_simic.events import (
     ExperienceRefused,
     LearnerRecovered,
     LearnerStepped,
+    StepFailed,
     StepSkipped,
 )
 from supervisor.events import ChildExited
@@ -29,6 +30,7 @@ from supervisor.journal import read
 ADMITTED: Final = ExperienceAdmitted.__name__
 REFUSED: Final = ExperienceRefused.__name__
 STEPPED: Final = LearnerStepped.__name__
+FAILED: Final = StepFailed.__name__
 SKIPPED: Final = StepSkipped.__name__
 RECOVERED: Final = LearnerRecovered.__name__
 
@@ -129,7 +131,7 @@ def examine(
         lockstep: A sequence number then names an unroll over all lives of its actor.
     """
     senders = {one.position: one.sender for one in noted if one.kind in (ADMITTED, REFUSED)}
-    steps = [one.header["step"] for one in noted if one.kind in (STEPPED, SKIPPED)]
+    steps = [one.header["step"] for one in noted if one.kind in (STEPPED, FAILED, SKIPPED)]
     versions_lost = heard.versions - {0, *steps}
     for death in deaths:
         recovered = recovery_after(noted, death)
@@ -222,7 +224,7 @@ def equal_until(report: dict[str, Any], noted: Sequence[Noted]) -> int:
         return int(report["divergence"]["position"])
     if report["crossings"]:
         return int(report["crossings"][0]["position"])
-    steps = sum(one.kind == STEPPED for one in noted)
+    steps = sum(one.kind in (STEPPED, FAILED) for one in noted)
     states = sum(one.kind == RECOVERED for one in noted)
     is_whole = report["outcome"] == "equal" and report["next_position"] == len(noted)
     if is_whole and report["steps_by_digest"] == steps and report["states_equal"] >= states:

@@ -54,7 +54,7 @@ def choose(unrolls: Mapping[int, Sequence[UnrollAt]]) -> Choice | None:
         for index, unroll in enumerate(row):
             chain = chain_to(row, index)
             for choice in _whole(actor, chain, unroll):
-                accuracy = choice.episode.accuracy if choice.episode else 0.0
+                accuracy = (choice.episode.accuracy if choice.episode else None) or 0.0
                 rank = (unroll.position, accuracy)
                 if found is None or rank > found[0]:
                     found = rank, choice

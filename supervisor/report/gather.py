@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from esper_simic.config_gym import GROWING_HOST
 from esper_simic.errors import ContractError, UnavailableError
 from supervisor import status
 from supervisor.journal import JournalDamage, Record, read
@@ -48,6 +49,11 @@ class Gathered:
         config = configured.config if configured and configured.config else self.learner.config
         part = config.get(section)
         return part.get(key) if isinstance(part, dict) else None
+
+    @property
+    def grows_hosts(self) -> bool:
+        """Whether the run's world is the growing host, which it was before there were others to name."""
+        return self.setting("environment", "id") in (None, GROWING_HOST)
 
     @property
     def run_seed(self) -> int:

@@ -6,6 +6,7 @@ A section that has nothing to show says what is missing, and why.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from importlib import resources
 from typing import Final
 
@@ -16,7 +17,7 @@ from supervisor.report.happenings import happenings
 from supervisor.report.learning import learning
 from supervisor.report.markup import Content, Markup, duration, element, note, utc
 from supervisor.report.policies import comparison, front
-from supervisor.standings import compare
+from supervisor.standings import Row, compare
 
 STYLE: Final = resources.files("supervisor.report") / "page.css"
 
@@ -36,8 +37,7 @@ def page(gathered: Gathered, seen: SeenEpisode | str) -> str:
         _header(gathered),
         _section("learning", "Learning", learning(gathered)),
         _section("comparison", "Comparison", comparison(gathered, rows)),
-        _section("front", "Accuracy against parameters", front(gathered, rows)),
-        _section("host", "A grown host", growth(gathered, seen)),
+        *(_of_hosts(gathered, rows, seen) if gathered.grows_hosts else ()),
         _section("events", "What happened", happenings(gathered)),
         _section("about", "About this run", _about(gathered)),
     ]
@@ -53,6 +53,14 @@ def page(gathered: Gathered, seen: SeenEpisode | str) -> str:
     )
     document = element("html", head, element("body", body, _footer(gathered)), lang="en")
     return f"<!doctype html>\n{document}\n"
+
+
+def _of_hosts(gathered: Gathered, rows: Sequence[Row], seen: SeenEpisode | str) -> list[Markup]:
+    """What there is to say where hosts grow; other worlds have neither accuracy nor parameters."""
+    return [
+        _section("front", "Accuracy against parameters", front(gathered, rows)),
+        _section("host", "A grown host", growth(gathered, seen)),
+    ]
 
 
 def _section(anchor: str, title: str, content: Content) -> Markup:
@@ -76,7 +84,7 @@ def _header(gathered: Gathered) -> list[Markup]:
         ("newest record", utc(gathered.last_s)),
         ("environment steps", f"{learner.environment_steps:,}"),
         ("updates", f"{learner.step:,}"),
-        ("whole episodes", f"{learner.episodes.count:,}"),
+        ("whole episodes", f"{learner.whole_episodes:,}"),
     ]
     if math.isfinite(gathered.first_s):
         facts.insert(3, ("in all", duration(gathered.last_s - gathered.first_s)))

@@ -214,6 +214,8 @@ class LearnerPast:
         self.fossils = Curve()
         """Fossilised seeds of whole episodes over environment steps."""
         self.episodes: Thinned[Finished] = Thinned(EPISODES_MAX)
+        self.whole_episodes = 0
+        """Of any world; `episodes` are those of hosts."""
         self.cut_short = 0
         self.unrolls: dict[int, deque[UnrollAt]] = {}
         self.marks = Marks()
@@ -292,11 +294,14 @@ class LearnerPast:
     def _admit(self, event: learned.ExperienceAdmitted, position: int) -> None:
         self.environment_steps += event.length * event.lanes
         for episode in event.episodes:
-            if episode.truncated:
+            if not episode.is_whole:
                 self.cut_short += 1
                 continue
+            self.whole_episodes += 1
+            if episode.accuracy is None or episode.parameters_added is None:
+                continue  # of no host
             self.episodes.add(Finished(self.environment_steps, episode.accuracy, episode.parameters_added))
-            self.fossils.add(self.environment_steps, episode.fossils)
+            self.fossils.add(self.environment_steps, episode.fossils or 0)
         if event.actor not in self.unrolls:
             self.unrolls[event.actor] = deque(maxlen=self._unrolls_wanted())
         self.unrolls[event.actor].append(
@@ -353,6 +358,11 @@ def learner_words(event: learned.LearnerEvent) -> tuple[str, str, bool] | None: 
             return "learner", text if event.is_exact else f"{text}; not exactly", not event.is_exact
         case learned.RecordQuarantined():
             return "learner", f"record {event.position} was quarantined: {event.reason}", True
+        case learned.CurriculumJudged():
+            what = ", ".join(type(fact).__name__ for fact in event.facts)
+            return "learner", f"curriculum, stage {event.stage}: {what}", False
+        case learned.StepFailed():
+            return "learner", f"update {event.step} failed: {event.reason}", True
         case learned.StepSkipped():
             return "learner", f"update {event.step} was given up: {event.reason}", True
         case learned.FingerprintChanged():

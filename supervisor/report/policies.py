@@ -11,7 +11,7 @@ from supervisor.report.charts import Bar, Spot
 from supervisor.report.figures import difference_words, interval_words, sentences
 from supervisor.report.gather import Gathered
 from supervisor.report.markup import Content, Markup, element, fixed, note, short
-from supervisor.standings import FIGURES, Figure, Measured, Row
+from supervisor.standings import FIGURES, Figure, Measured, Row, known_figures
 
 
 def comparison(gathered: Gathered, rows: Sequence[Row]) -> Content:
@@ -26,7 +26,7 @@ def comparison(gathered: Gathered, rows: Sequence[Row]) -> Content:
             )
         )
     episodes = max(row.episodes for row in rows)
-    charted = [_intervals(figure, rows) for figure in FIGURES]
+    charted = [_intervals(figure, rows) for figure in known_figures(rows)]
     paired = _paired_table(rows)
     return [
         element("ul", [element("li", said) for said in sentences(rows)]),
@@ -78,16 +78,22 @@ def _intervals(figure: Figure, rows: Sequence[Row]) -> Markup:
 
 
 def _table(rows: Sequence[Row]) -> Markup:
-    heads = [[f"{figure.label}{figure.unit}, mean", "IQM"] for figure in FIGURES]
+    figures = known_figures(rows)
+    has_front = len(figures) == len(FIGURES)
+    heads = [[f"{figure.label}{figure.unit}, mean", "IQM"] for figure in figures]
     top = element(
-        "tr", element("th", "policy", scope="col", class_="left"), _heads([*heads, ["on the front"]])
+        "tr",
+        element("th", "policy", scope="col", class_="left"),
+        _heads([*heads, ["on the front"]] if has_front else heads),
     )
     body = [
         element(
             "tr",
             element("th", element("bdi", row.name), scope="row"),
-            [_cells(row.figures[figure.key], figure) for figure in FIGURES],
-            element("td", "–" if row.name == FIXED else "yes" if row.is_on_front else "no"),
+            [_cells(row.figures[figure.key], figure) for figure in figures],
+            element("td", "–" if row.name == FIXED else "yes" if row.is_on_front else "no")
+            if has_front
+            else None,
             class_="own" if row.name == LEARNED else None,
         )
         for row in rows
@@ -115,12 +121,13 @@ def _paired_table(rows: Sequence[Row]) -> Markup | None:
     against = [row for row in rows if row.against]
     if not against:
         return None
-    heads = [[f"{figure.label}, mean", "IQM", "P(more)"] for figure in FIGURES]
+    figures = known_figures(rows)
+    heads = [[f"{figure.label}, mean", "IQM", "P(more)"] for figure in figures]
     top = element("tr", element("th", "against", scope="col", class_="left"), _heads(heads))
     body = []
     for row in against:
         cells: list[Markup] = []
-        for figure in FIGURES:
+        for figure in figures:
             found = row.against.get(figure.key)
             if found is None:
                 cells += [element("td", "–")] * 3

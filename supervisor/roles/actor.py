@@ -10,9 +10,10 @@ with the actions that the learner's journal holds of it, and takes the recurrent
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 import safetensors.torch
@@ -23,10 +24,10 @@ from esper_simic import seeding
 from esper_simic.config import Config, parse
 from esper_simic.errors import InvariantViolation
 from esper_simic.events import ExperienceAdmitted
-from esper_simic.growing_host.vector import GrowingHostVectorEnv
-from esper_simic.policies.graph_policy import GraphPolicy
+from esper_simic.policies.build import build_policy
 from esper_simic.trajectory import Trajectory, decode, encode
 from esper_simic.unroll import UnrollCarry, begin, resimulate, unroll
+from esper_simic.worlds.world import Lanes, world_of
 from supervisor import faults
 from supervisor.bus import Poller
 from supervisor.child import ChildSpec
@@ -81,6 +82,22 @@ def _poller(control: ControlChannel, line: LearnerLine) -> Poller:
     return poller
 
 
+class _Play(NamedTuple):
+    """An actor's lanes in the environment of one stage of the curriculum, and where they stand."""
+
+    stage: int
+    env: Lanes
+    carry: UnrollCarry
+
+
+class _Recorded(NamedTuple):
+    """An unroll of the journal: its stage, and the recurrent state `[E, state]` after its last step."""
+
+    stage: int
+    trajectory: Trajectory
+    state_after: Tensor
+
+
 class _Acting:
     """One life of an actor, from its welcome on."""
 
@@ -95,48 +112,66 @@ class _Acting:
         self._sequence = welcome.unrolls if self._lockstep else 0
         self._steps_each = config.simic_trainer.unroll_length * config.environment.environments_per_actor
         self._steps = 0
+        self._environments = config.stage_environments()
+        trainer = config.simic_trainer
+        world = world_of(config.environment, trainer.gamma)
+        # Still without weights; they come with the first turn.
+        self._policy = build_policy(world.spec, trainer, seeding.generator(trainer.seed, "policy"))
 
     def run(self) -> None:
         """Act until told to stop."""
-        env, policy, carry = self._begin()
-        if self._lockstep and not self._catch_up(env, policy, carry):
-            return
+        play = self._enter(0, self._welcome.first_episodes)
+        if self._lockstep:
+            caught_up = self._catch_up(play)
+            if caught_up is None:
+                return
+            play = caught_up
         while self._await_turn():
-            self._load(policy)
-            self._act(env, policy, carry)
+            self._load()
+            if self._line.stage != play.stage:
+                play = self._move(play, self._line.stage)
+            self._act(play)
             self._control.worked()
             self._report()
         self._report(now=True)
 
-    def _begin(self) -> tuple[GrowingHostVectorEnv, GraphPolicy, UnrollCarry]:
-        """The actor's lanes, reset, and its policy, still without weights.
+    def _enter(self, stage: int, first_episodes: Sequence[int]) -> _Play:
+        """The actor's lanes in the environment of a stage, reset.
 
         The chance of a lane is named by run, actor and lane, not by incarnation: a new one goes on with the next
         episodes, in lockstep with the very steps.
         """
-        trainer, environment = self._config.simic_trainer, self._config.environment
-        first_episodes = self._welcome.first_episodes
-        lanes = environment.environments_per_actor
-        lane_seeds = [seeding.derive(trainer.seed, "actor", self._who.index, lane) for lane in range(lanes)]
-        env = GrowingHostVectorEnv(
-            lanes, environment, gamma=trainer.gamma, lane_seeds=lane_seeds, first_episodes=first_episodes
-        )
+        trainer, environment = self._config.simic_trainer, self._environments[stage]
+        lanes = range(environment.environments_per_actor)
+        lane_seeds = [seeding.derive(trainer.seed, "actor", self._who.index, lane) for lane in lanes]
+        world = world_of(environment, trainer.gamma)
+        env = world.lanes(lane_seeds, first_episodes, stagger=environment.stagger)
         observation, _ = env.reset()
-        policy = GraphPolicy(env.spec_observation, trainer, seeding.generator(trainer.seed, "policy"))
-        return env, policy, begin(policy, observation, lane_seeds, np.array(first_episodes, dtype=np.int64))
+        first = np.array(first_episodes, dtype=np.int64)
+        return _Play(stage, env, begin(self._policy, observation, lane_seeds, first))
 
-    def _catch_up(self, env: GrowingHostVectorEnv, policy: GraphPolicy, carry: UnrollCarry) -> bool:
-        """In lockstep: re-simulate what earlier lives did; false when told to stop instead."""
-        for _ in resimulate(env, carry, self._recorded(policy)):
-            if self._control.stop_requested() is not None:
-                return False
-            self._control.worked()
-            self._control.report(phase="re-simulating")
-            self._line.take()
-        return True
+    def _move(self, play: _Play, stage: int) -> _Play:
+        """Leave the episodes under way and begin the next ones in another stage's environment."""
+        play.env.close()
+        return self._enter(stage, [int(number) + 1 for number in play.carry.episode_numbers])
 
-    def _recorded(self, policy: GraphPolicy) -> Iterator[tuple[Trajectory, Tensor]]:
-        """This actor's unrolls in the learner's journal, with the recurrent state after each."""
+    def _catch_up(self, play: _Play) -> _Play | None:
+        """In lockstep: re-simulate what earlier lives did, stage by stage; None when told to stop instead."""
+        for stage, unrolls in itertools.groupby(self._recorded(), key=lambda recorded: recorded.stage):
+            if stage != play.stage:
+                play = self._move(play, stage)
+            made = ((recorded.trajectory, recorded.state_after) for recorded in unrolls)
+            for _ in resimulate(play.env, play.carry, made):
+                if self._control.stop_requested() is not None:
+                    return None
+                self._control.worked()
+                self._control.report(phase="re-simulating")
+                self._line.take()
+        return play
+
+    def _recorded(self) -> Iterator[_Recorded]:
+        """This actor's unrolls in the learner's journal."""
+        policy = self._policy
         found, wanted = 0, self._welcome.unrolls
         records = read(self._journal) if wanted > 0 else iter(())
         for record in records:
@@ -154,7 +189,7 @@ class _Acting:
             *frames, state = record.frames
             after = np.frombuffer(state, dtype="<f4").reshape(event.lanes, policy.state_size).copy()
             trajectory = decode(frames, policy.spec, event.length, event.lanes, policy.state_size)
-            yield trajectory, torch.from_numpy(after)
+            yield _Recorded(event.stage, trajectory, torch.from_numpy(after))
             if found == wanted:
                 return
         if found < wanted:
@@ -172,18 +207,19 @@ class _Acting:
             self._poller.wait(WAIT_MS)
         return False
 
-    def _load(self, policy: GraphPolicy) -> None:
+    def _load(self) -> None:
         weights = self._line.take_weights()
         if weights is None:
             return
-        policy.load_state_dict(safetensors.torch.load(weights))
+        self._policy.load_state_dict(safetensors.torch.load(weights))
         faults.witness(f"version {self._line.version}")
         faults.point("actor.weights.after")
 
-    def _act(self, env: GrowingHostVectorEnv, policy: GraphPolicy, carry: UnrollCarry) -> None:
+    def _act(self, play: _Play) -> None:
         """Make one unroll and send it."""
+        carry = play.carry
         episode_numbers = [int(number) for number in carry.episode_numbers]
-        trajectory, finished = unroll(policy, env, carry, self._config.simic_trainer.unroll_length)
+        trajectory, finished = unroll(self._policy, play.env, carry, self._config.simic_trainer.unroll_length)
         faults.point("actor.unroll.after")
         self._sequence += 1
         self._steps += self._steps_each
@@ -192,10 +228,11 @@ class _Acting:
             incarnation=self._who.incarnation,
             sequence=self._sequence,
             policy_version=self._line.version,
-            lanes=env.num_envs,
+            lanes=play.env.num_envs,
             steps=trajectory.length,
             episode_numbers=episode_numbers,
             episodes=finished,
+            stage=play.stage,
         )
         frames = encode(trajectory)
         if self._lockstep:

@@ -11,7 +11,7 @@ import numpy as np
 from esper_simic.config import Config
 from esper_simic.errors import ContractError
 from esper_simic.events import ExperienceAdmitted
-from esper_simic.policies.graph_policy import GraphPolicy
+from esper_simic.policies.policy import Policy
 from esper_simic.trajectory import Trajectory, decode
 from supervisor.protocol import Unroll
 
@@ -37,6 +37,9 @@ def check(message: Unroll, config: Config, newest_version: int) -> None:
         raise ContractError(
             f"policy version {message.policy_version} was never announced; the newest is {newest_version}"
         )
+    stages = len(config.stage_environments())
+    if not 0 <= message.stage < stages:
+        raise ContractError(f"stage {message.stage} of the curriculum; there are {stages}")
     if len(message.episode_numbers) != message.lanes:
         raise ContractError(f"{len(message.episode_numbers)} episode numbers for {message.lanes} lanes")
     numbers = [*message.episode_numbers, *(episode.number for episode in message.episodes)]
@@ -45,13 +48,11 @@ def check(message: Unroll, config: Config, newest_version: int) -> None:
     for episode in message.episodes:
         if not 0 <= episode.lane < message.lanes:
             raise ContractError(f"an episode of lane {episode.lane}; there are {message.lanes}")
-        if not (math.isfinite(episode.episode_return) and math.isfinite(episode.accuracy)):
+        if not (math.isfinite(episode.episode_return) and math.isfinite(episode.accuracy or 0.0)):
             raise ContractError(f"the outcome of an episode of lane {episode.lane} is not finite")
 
 
-def decode_unroll(
-    frames: Sequence[bytes], message: Unroll, policy: GraphPolicy, *, lockstep: bool
-) -> Trajectory:
+def decode_unroll(frames: Sequence[bytes], message: Unroll, policy: Policy, *, lockstep: bool) -> Trajectory:
     """The trajectory in an unroll's frames. In lockstep the last frame, the actor's recurrent state, is checked only.
 
     Raises:
@@ -78,4 +79,5 @@ def admitted(message: Unroll) -> ExperienceAdmitted:
         lanes=message.lanes,
         episode_numbers=message.episode_numbers,
         episodes=message.episodes,
+        stage=message.stage,
     )

@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Final, Self
 
 from esper_simic.errors import UnavailableError
+from esper_simic.telemetry import HistogramCounts
 from supervisor.bus import Client, Received
 from supervisor.child import ChildSpec
 from supervisor.protocol import ACCEPTS, Evaluate, FromChild, Message, Noted, Progress, Ready, Stop
@@ -87,6 +88,7 @@ class ControlChannel:
         phase: str = "",
         waiting_for: str = "",
         metrics: dict[str, float] | None = None,
+        histograms: dict[str, HistogramCounts] | None = None,
         now: bool = False,
     ) -> None:
         """Report progress, at most every `PROGRESS_INTERVAL_S` unless `now`."""
@@ -106,6 +108,7 @@ class ControlChannel:
                 phase=phase,
                 waiting_for=waiting_for,
                 metrics=metrics or {},
+                histograms=histograms or {},
             )
         )
 

@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 import safetensors.torch
 import torch
 
 from esper_simic import seeding
+from esper_simic.comparison import Estimate, Interval, bootstrap_interval, mean_interval
 from esper_simic.config import Config, parse
+from esper_simic.config_gym import GROWING_HOST
 from esper_simic.errors import ContractError
 from esper_simic.evaluation import (
     FIXED,
     LEARNED,
     EpisodeOutcome,
+    PolicyActing,
     PolicyOutcome,
+    chance_of,
     evaluate,
     held_out_seeds,
 )
-from esper_simic.growing_host.spaces import observation_spec_of
-from esper_simic.policies.graph_policy import GraphPolicy
+from esper_simic.policies.build import build_policy
+from esper_simic.policies.lora import merged_weights
+from esper_simic.policies.policy import Policy
+from esper_simic.worlds.play import RANDOM, Acting, RandomActing, play
+from esper_simic.worlds.world import world_of
 from supervisor import checkpoints
 from supervisor.child import ChildSpec
 from supervisor.protocol import Evaluate, Evaluated, Stopped
@@ -50,40 +58,53 @@ def main(spec: ChildSpec) -> None:
             if task is None:
                 control.report(waiting_for="task")
                 continue
-            outcome = measure(config, task, control)
+            measured = measure(config, task, control)
             control.tell(
                 Evaluated(
                     role=role,
                     index=index,
                     incarnation=incarnation,
                     policy=task.policy,
-                    returns=tuple(
-                        episode.episode_return
-                        for episode in outcome.episodes
-                        if episode.episode_return is not None
-                    ),
-                    accuracies=tuple(episode.accuracy for episode in outcome.episodes),
-                    parameters=tuple(float(episode.parameters_added) for episode in outcome.episodes),
-                    summary=_summary(outcome),
+                    returns=measured.returns,
+                    accuracies=measured.accuracies,
+                    parameters=measured.parameters,
+                    summary=measured.summary,
                 )
             )
         control.tell(Stopped(role=role, index=index, incarnation=incarnation))
 
 
-def measure(config: Config, task: Evaluate, control: ControlChannel) -> PolicyOutcome:
-    """Run a task's episodes, reporting progress on the way; for fixed networks first those that grow them.
+class Measured(NamedTuple):
+    """One entry an episode of each figure, as far as the world has it, and the summary."""
+
+    returns: tuple[float, ...]
+    accuracies: tuple[float, ...]
+    parameters: tuple[float, ...]
+    summary: dict[str, float]
+
+
+def measure(config: Config, task: Evaluate, control: ControlChannel) -> Measured:
+    """Run a task's episodes, reporting progress on the way.
 
     Raises:
         ContractError: The checkpoint of the learned policy is damaged.
     """
-    trainer, environment = config.simic_trainer, config.environment
-    needs_policy = task.policy in (LEARNED, FIXED)
-    policy = load_policy(config, Path(task.checkpoint)) if needs_policy else None
-    seeds = held_out_seeds(trainer.seed, task.episodes)
 
     def progressed() -> None:
         control.worked()
         control.report()
+
+    if config.environment.id == GROWING_HOST:
+        return _measure_growth(config, task, progressed)
+    return _measure_play(config, task, progressed)
+
+
+def _measure_growth(config: Config, task: Evaluate, progressed: Callable[[], None]) -> Measured:
+    """For fixed networks, first the episodes that grow them."""
+    trainer, environment = config.simic_trainer, config.environment
+    needs_policy = task.policy in (LEARNED, FIXED)
+    policy = load_policy(config, Path(task.checkpoint)) if needs_policy else None
+    seeds = held_out_seeds(trainer.seed, task.episodes)
 
     def outcome_of(name: str, reference: list[EpisodeOutcome] | None = None) -> PolicyOutcome:
         return evaluate(
@@ -98,10 +119,46 @@ def measure(config: Config, task: Evaluate, control: ControlChannel) -> PolicyOu
 
     # What the policy grows is a function of its checkpoint and the seeds: growing it again costs seconds, and no
     # evaluator depends on what another one remembers.
-    return outcome_of(task.policy, outcome_of(LEARNED).episodes if task.policy == FIXED else None)
+    outcome = outcome_of(task.policy, outcome_of(LEARNED).episodes if task.policy == FIXED else None)
+    return Measured(
+        returns=tuple(e.episode_return for e in outcome.episodes if e.episode_return is not None),
+        accuracies=tuple(episode.accuracy for episode in outcome.episodes),
+        parameters=tuple(float(episode.parameters_added) for episode in outcome.episodes),
+        summary=_summary(
+            {
+                "return": (outcome.episode_return, outcome.episode_return_middle),
+                "accuracy": (outcome.accuracy, outcome.accuracy_middle),
+                "parameters": (outcome.parameters_added, outcome.parameters_added_middle),
+            }
+        ),
+    )
 
 
-def load_policy(config: Config, checkpoint: Path) -> GraphPolicy:
+def _measure_play(config: Config, task: Evaluate, progressed: Callable[[], None]) -> Measured:
+    trainer, environment = config.simic_trainer, config.environment
+    world = world_of(environment, trainer.gamma)
+    policy = load_policy(config, Path(task.checkpoint)) if task.policy == LEARNED else None
+
+    def acting(lanes: int) -> Acting:
+        if policy is not None:
+            return PolicyActing(policy, lanes)
+        if task.policy != RANDOM:
+            raise ContractError(f"policy {task.policy!r} cannot be measured in {environment.id}")
+        return RandomActing(world.spec.action)
+
+    episodes = play(
+        world,
+        held_out_seeds(trainer.seed, task.episodes),
+        acting,
+        lanes_max=environment.environments_per_actor,
+        observer=progressed,
+    )
+    returns = tuple(episode.episode_return for episode in episodes)
+    middle = bootstrap_interval([returns], rng=chance_of(episodes[0].seed))
+    return Measured(returns, (), (), _summary({"return": (mean_interval(returns), middle)}))
+
+
+def load_policy(config: Config, checkpoint: Path) -> Policy:
     """The policy of a checkpoint, every file of it checked first.
 
     Raises:
@@ -110,8 +167,9 @@ def load_policy(config: Config, checkpoint: Path) -> GraphPolicy:
     _, files = checkpoints.load(checkpoint)
     if STATE_FILE not in files:
         raise ContractError(f"{checkpoint} is no checkpoint of a learner: it has no {STATE_FILE}")
-    spec, trainer = observation_spec_of(config.environment), config.simic_trainer
-    policy = GraphPolicy(spec, trainer, seeding.generator(trainer.seed, "policy"))
+    trainer = config.simic_trainer
+    spec = world_of(config.environment, trainer.gamma).spec
+    policy = build_policy(spec, trainer, seeding.generator(trainer.seed, "policy"))
     expected = policy.state_dict()
     tensors = safetensors.torch.load(files[STATE_FILE])
     found = {
@@ -119,6 +177,7 @@ def load_policy(config: Config, checkpoint: Path) -> GraphPolicy:
         for name, tensor in tensors.items()
         if name.startswith(POLICY_PREFIX)
     }
+    found = merged_weights(found, rank=max(1, trainer.lora_rank), alpha=trainer.lora_alpha)
     unlike = [
         name
         for name in sorted(expected.keys() | found.keys())
@@ -133,13 +192,8 @@ def load_policy(config: Config, checkpoint: Path) -> GraphPolicy:
     return policy
 
 
-def _summary(outcome: PolicyOutcome) -> dict[str, float]:
+def _summary(figures: Mapping[str, tuple[Interval | None, Estimate | None]]) -> dict[str, float]:
     """Of each figure the mean, its interval, the interquartile mean and its interval: what there is of them."""
-    figures = {
-        "return": (outcome.episode_return, outcome.episode_return_middle),
-        "accuracy": (outcome.accuracy, outcome.accuracy_middle),
-        "parameters": (outcome.parameters_added, outcome.parameters_added_middle),
-    }
     summary: dict[str, float] = {}
     for name, (mean, middle) in figures.items():
         if mean is not None:

@@ -20,10 +20,11 @@ import msgspec
 import safetensors.torch
 
 from esper_simic.config import Config
-from esper_simic.errors import ContractError, UnavailableError
+from esper_simic.errors import ContractError, InvariantViolation, UnavailableError
 from esper_simic.events import (
     LEARNER_EVENTS,
     CheckpointStaged,
+    CurriculumJudged,
     ExperienceAdmitted,
     ExperienceRefused,
     FingerprintChanged,
@@ -31,13 +32,15 @@ from esper_simic.events import (
     LearnerRecovered,
     LearnerStepped,
     RunStarted,
+    StepFailed,
     StepSkipped,
 )
-from esper_simic.growing_host.spaces import observation_spec_of
-from esper_simic.learner import Learner, StepReport
+from esper_simic.learner import Learner
 from esper_simic.learner_state import LearnerState
 from esper_simic.replay import Held
+from esper_simic.step_report import StepReport
 from esper_simic.trajectory import Trajectory, decode
+from esper_simic.worlds.world import world_of
 from supervisor import checkpoints
 from supervisor.config_file import config_of
 from supervisor.journal import Record, read
@@ -109,7 +112,8 @@ class LearnerFold:
         self.is_waiting_for_checkpoint = False
 
     def _new_learner(self) -> Learner:
-        return Learner(self._config, observation_spec_of(self._config.environment), rank=self._rank)
+        world = world_of(self._config.environment, self._config.simic_trainer.gamma)
+        return Learner(self._config, world.spec, rank=self._rank)
 
     def take(self, record: Record) -> Folded:  # noqa: PLR0911 (a table)
         """Move the state by the next record.
@@ -131,6 +135,11 @@ class LearnerFold:
                 return Folded(event)
             case LearnerStepped():
                 return self._step(event)
+            case StepFailed():
+                return self._fail(event)
+            case CurriculumJudged():
+                self.learner.judge(event)
+                return Folded(event)
             case StepSkipped():
                 return Folded(event, consumed=self.learner.skip())
             case CheckpointStaged():
@@ -155,10 +164,27 @@ class LearnerFold:
         return decode(frames, policy.spec, event.length, event.lanes, policy.state_size)
 
     def _step(self, event: LearnerStepped) -> Folded:
-        if self._quarantined and not self.learner.can_step():
+        if self._quarantined and not self._can_step(event):
             # It was made with experience that is lost now. To die of that would quarantine one update after the other.
             return Folded(event, consumed=self.learner.skip())
-        report = self.learner.step()
+        report = self.learner.step(event.inputs)
+        if report.failure:
+            raise InvariantViolation(f"update {event.step} was made once, and fails here: {report.failure}")
+        return self._reported(event, report)
+
+    def _fail(self, event: StepFailed) -> Folded:
+        if self._quarantined and not self._can_step(event):
+            return Folded(event, consumed=self.learner.skip())
+        return self._reported(event, self.learner.fail(event))
+
+    def _can_step(self, event: LearnerStepped | StepFailed) -> bool:
+        """Whether there is enough for an update of the size that this one had."""
+        if event.inputs is None:
+            return self.learner.can_step()
+        mode = self.learner.mode(event.inputs.at_s)
+        return self.learner.can_step(mode.batch_size(self._config.simic_trainer.batch_size))
+
+    def _reported(self, event: LearnerStepped | StepFailed, report: StepReport) -> Folded:
         state_digest = report.state_digest
         if event.state_digest is not None and state_digest is None:
             state_digest = self.learner.state().digest
@@ -168,7 +194,7 @@ class LearnerFold:
         """A quarantined experience is lost; a quarantined update learns nothing."""
         if isinstance(event, ExperienceAdmitted):
             self.learner.lose(event)
-        consumed = self.learner.skip() if isinstance(event, LearnerStepped) else ()
+        consumed = self.learner.skip() if isinstance(event, LearnerStepped | StepFailed) else ()
         return Folded(event, consumed=consumed)
 
     def _held(self, positions: list[int]) -> Iterator[Held]:

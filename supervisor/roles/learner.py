@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -15,12 +16,14 @@ from supervisor.child import ChildSpec
 from supervisor.clock import SystemClock
 from supervisor.files import Reserve, free_bytes
 from supervisor.journal import Journal, JournalDamage
-from supervisor.protocol import ACCEPTS, Stopped
+from supervisor.protocol import ACCEPTS, HALTED, Stopped
 from supervisor.roles.attempts import Attempts
 from supervisor.roles.channel import ControlChannel
 from supervisor.roles.checkpointing import Checkpointer
 from supervisor.roles.learner_loop import LearnerLoop
 from supervisor.roles.recovery import Progress, Recovery, mend
+from supervisor.roles.surroundings import Surroundings
+from supervisor.tracing import tracing
 
 WAIT_MS: Final = 50.0
 
@@ -52,6 +55,8 @@ def main(spec: ChildSpec) -> None:
     run_dir = Path(spec.run_dir)
     clock = SystemClock()
     with (
+        # First, so that it ends last: a collector that hangs delays nothing else.
+        tracing(os.environ, spec.who.name) as traces,
         _journal(spec, limits) as journal,
         Attempts(run_dir / f"{spec.who.name}.attempts") as attempts,
         ControlChannel(spec, limits.frame_bytes_max) as control,
@@ -78,7 +83,10 @@ def main(spec: ChildSpec) -> None:
             accepts=ACCEPTS["learner"],
             frame_bytes_max=limits.frame_bytes_max,
         ) as server:
-            loop = LearnerLoop(spec, config, learner, journal, server, attempts)
+            surroundings = Surroundings(clock)
+            loop = LearnerLoop(
+                spec, config, learner, journal, server, attempts, surroundings, traces.observer
+            )
             loop.begin()
             journal.sync()  # where it stands is told below
             control.ready(learner_step=learner.steps_done, environment_steps=learner.environment_steps)
@@ -121,6 +129,7 @@ class _Organs:
         """Say how far the work has come."""
         learner = self.loop.learner
         self.control.report(
+            phase=HALTED if learner.is_halted else "",
             learner_step=learner.steps_done,
             environment_steps=learner.environment_steps,
             waiting_for=waiting_for,
@@ -129,6 +138,7 @@ class _Organs:
             | self.checkpointer.metrics()
             | {"admission_paused": float(self.admission.is_paused)}
             | self.recovered,
+            histograms=self.loop.histograms.by_source,
             now=now,
         )
 
@@ -146,7 +156,8 @@ def _learn(organs: _Organs) -> None:
             checkpointer.advance(loop.pay())
             organs.report(waiting_for="disk")
             continue
-        busy.wait(0 if loop.may_step else WAIT_MS)
+        if not loop.may_step:
+            loop.idle(busy, WAIT_MS)
         loop.take_messages()
         checkpointer.advance(loop.pay())
         may_step = loop.may_step

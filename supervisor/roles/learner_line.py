@@ -79,6 +79,8 @@ class LearnerLine:
         """Unrolls that may be sent."""
         self.version = -1
         """Of the newest weights received; -1 before the first."""
+        self.stage = 0
+        """Of the curriculum, to act in."""
         self.refused = 0
         """Unrolls that were not admitted."""
         self._learner = -1
@@ -189,7 +191,8 @@ class LearnerLine:
                 self._acknowledged(sequence, position)
             case Refused(sequence=sequence, reason=reason):
                 self._refused(sequence, reason)
-            case Weights(version=version) if self._question is _Question.ASKED:
+            case Weights(version=version, stage=stage) if self._question is _Question.ASKED:
+                self.stage = stage
                 self._answered(version, frames)
             case _:  # an answer to a question of before
                 pass

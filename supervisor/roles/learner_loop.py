@@ -18,10 +18,15 @@ import msgspec
 
 from esper_simic.config import Config
 from esper_simic.errors import BudgetExceeded, ContractError, UnavailableError
-from esper_simic.events import ExperienceRefused, LearnerStepped
-from esper_simic.learner import NOT_LIVING, Learner, StepReport
+from esper_simic.events import ExperienceRefused, LearnerStepped, StepFailed
+from esper_simic.learner import Learner
+from esper_simic.ledger import NOT_LIVING
+from esper_simic.safety import StepInputs
+from esper_simic.step_report import StepReport
+from esper_simic.telemetry import Observers, StepHistograms, StepObserver, TimingObserver
+from esper_simic.updates.optimisers import UNWATCHED
 from supervisor import faults
-from supervisor.bus import Received, Server
+from supervisor.bus import Poller, Received, Server
 from supervisor.child import ChildSpec
 from supervisor.journal import Journal
 from supervisor.protocol import (
@@ -39,6 +44,7 @@ from supervisor.roles.admission import admitted, check, decode_unroll, shape_of_
 from supervisor.roles.attempts import Attempts, Work
 from supervisor.roles.rounds import Arrived, Rounds
 from supervisor.roles.senders import REPEATED, Answer, Greeting, Senders
+from supervisor.roles.surroundings import Surroundings
 
 
 class LearnerLoop:
@@ -51,6 +57,8 @@ class LearnerLoop:
         journal: Its journal.
         server: Where actors come.
         attempts: Where it notes what it is about to do.
+        surroundings: What is read of the outside for each update.
+        observer: Told how each update goes on.
     """
 
     def __init__(
@@ -61,22 +69,30 @@ class LearnerLoop:
         journal: Journal,
         server: Server,
         attempts: Attempts,
+        surroundings: Surroundings,
+        observer: StepObserver = UNWATCHED,
     ) -> None:
+        self._surroundings = surroundings
         self._spec, self._config, self._learner = spec, config, learner
         self._journal, self._server, self._attempts = journal, server, attempts
         self._owed: deque[tuple[int, Callable[[], None]]] = deque()
         self._published: tuple[int, bytes] = (learner.steps_done, learner.weights())
+        self._stage = learner.stage
         limits = config.supervisor
         self._credits_each = 1 if limits.lockstep else limits.unrolls_in_flight
         self._senders = Senders(limits.num_actors, self._credits_each)
-        self._rounds = Rounds(limits.num_actors, learner.unrolls) if limits.lockstep else None
+        self._rounds = Rounds(limits.num_actors, learner.ledger.unrolls) if limits.lockstep else None
         if self._rounds is None:
-            self._senders.restore((unroll.position, unroll.actor) for unroll in learner.unconsumed())
+            self._senders.restore((unroll.position, unroll.actor) for unroll in learner.ledger.unconsumed())
         else:
             # Their credits come back with the end of the round; any ticket will do that no position can be.
             self._senders.restore((-1 - actor, actor) for actor in self._rounds.admitted())
         self._refused: Counter[str] = Counter()
+        self._facts: Counter[str] = Counter()
         self.metrics: dict[str, float] = {}
+        self.histograms = StepHistograms()
+        self._timing = TimingObserver(surroundings.monotonic_s)
+        self._observer: StepObserver = Observers(self._timing, observer)
 
     @property
     def learner(self) -> Learner:
@@ -96,7 +112,7 @@ class LearnerLoop:
                 case PullWeights(have_version=have):
                     version, weights = self._published
                     frames = [weights] if version > have else []
-                    self._send(received.peer, Weights(version=version), frames)
+                    self._send(received.peer, Weights(version=version, stage=self._stage), frames)
                 case Unroll():
                     self._take_unroll(received.peer, received.message, received.frames)
                 case _:
@@ -105,7 +121,7 @@ class LearnerLoop:
     def _greet(self, peer: str, hello: Hello) -> None:
         """A new life gets the credits that its predecessor does not still hold, once all that it is told is durable."""
         actor = hello.actor
-        settled = self._learner.settled(actor, hello.incarnation)
+        settled = self._learner.ledger.settled(actor, hello.incarnation)
         greeting = self._senders.greet(
             peer, actor, hello.incarnation, settled=settled, unacknowledged=hello.unacknowledged
         )
@@ -119,7 +135,7 @@ class LearnerLoop:
             answers=hello.number,
             first_episodes=self._first_episodes(actor),
             settled=settled,
-            unrolls=self._learner.unrolls(actor),
+            unrolls=self._learner.ledger.unrolls(actor),
         )
 
         def tell() -> None:
@@ -132,7 +148,7 @@ class LearnerLoop:
 
     def _first_episodes(self, actor: int) -> list[int]:
         if self._rounds is None:
-            return self._learner.next_episodes(actor)
+            return self._learner.ledger.next_episodes(actor)
         return [0] * self._config.environment.environments_per_actor
 
     def _take_unroll(self, peer: str, message: Unroll, frames: tuple[bytes, ...]) -> None:
@@ -176,7 +192,7 @@ class LearnerLoop:
 
     def _check(self, message: Unroll) -> None:
         check(message, self._config, self._published[0])
-        due = self._learner.unrolls(message.actor) + 1
+        due = self._learner.ledger.unrolls(message.actor) + 1
         if self._rounds is not None and message.sequence != due:
             raise ContractError(f"round {due} of actor {message.actor} is due, this is {message.sequence}")
 
@@ -186,13 +202,31 @@ class LearnerLoop:
         event = admitted(message)
         position = self._append(event, unroll.frames)
         self._senders.admitted(message.actor, message.sequence, position)
+        self._surroundings.happened(experiences=message.lanes)
         self._owe_answer(unroll.peer, message.sequence, Answer(position, ""))
         self._attempts.begin(Work.RECORD, position)
         consumed = self._learner.admit(position, event, unroll.trajectory)
         self._attempts.end()
         if self._rounds is None:
             self._return_credits(position, consumed)
+            self._look_at_curriculum()
         faults.point("learner.admit.after")
+
+    def _look_at_curriculum(self) -> None:
+        """Journal what came of it, and send actors to another stage once that is durable."""
+        verdict = self._learner.verdict(self._now_s())
+        if verdict is None:
+            return
+        position = self._append(verdict)
+        self._attempts.begin(Work.RECORD, position)
+        self._learner.judge(verdict)
+        self._attempts.end()
+        self._facts.update(type(fact).__name__ for fact in verdict.facts)
+
+        def announce() -> None:
+            self._stage = verdict.stage
+
+        self._owe(position, announce)
 
     def _is_too_old(self, policy_version: int) -> bool:
         return self._learner.lag(policy_version) >= self._config.simic_trainer.max_policy_lag
@@ -211,6 +245,8 @@ class LearnerLoop:
             reason=f"{reason}: {detail}" if detail else reason,
         )
         self._count(reason)
+        # One that is merely old was neither malformed nor lost: nothing went wrong.
+        self._surroundings.happened(failed=reason == "malformed")
         position = self._append(event)
         self._learner.refuse(event)
         self._owe_answer(peer, message.sequence, Answer(position, reason))
@@ -232,7 +268,16 @@ class LearnerLoop:
     def may_step(self) -> bool:
         """Whether an update is to be made now."""
         is_between_rounds = self._rounds is None or not self._rounds.is_open
-        return is_between_rounds and not self.is_over and self._learner.can_step()
+        if not is_between_rounds or self.is_over:
+            return False
+        mode = self._learner.mode(self._now_s())
+        return mode.may_step and self._learner.can_step(
+            mode.batch_size(self._config.simic_trainer.batch_size)
+        )
+
+    def idle(self, poller: Poller, wait_ms: float) -> None:
+        """Wait for something to happen."""
+        self._surroundings.wait(poller, wait_ms)
 
     def begin(self) -> None:
         """In lockstep: finish the round that the journal ends with, as far as it is complete."""
@@ -244,27 +289,48 @@ class LearnerLoop:
         """Make one update, journal it, and announce its weights once that is durable."""
         faults.point("learner.step.before")
         self._attempts.begin(Work.STEP, self._learner.steps_done + 1)
-        report = self._learner.step()
+        inputs = self._inputs()
+        report = self._learner.step(inputs, self._observer)
+        self._surroundings.after_step()
         self._attempts.end()
         faults.point("learner.step.after")
-        position = self._append(
-            LearnerStepped(
-                step=report.step,
-                environment_steps=report.environment_steps,
-                digest=report.digest,
-                state_digest=report.state_digest,
-                metrics=report.metrics,
+        position = self._append(_fact(report, inputs))
+        if not report.failure:
+            # How long things took is no part of the record: it comes out otherwise each time.
+            self.metrics = (
+                report.metrics
+                | self._timing.milliseconds()
+                | self._learner.safety_figures()
+                | {
+                    "memory_fraction": inputs.memory_fraction,
+                    "buffer_bytes": float(self._learner.buffer.bytes),
+                }
             )
-        )
-        self.metrics = report.metrics
+            self.histograms = self.histograms.followed(self.metrics)
+        self._facts.update(type(fact).__name__ for fact in report.facts)
+        if report.failure:
+            self._facts["StepFailed"] += 1
         self._announce_when_durable(position, report)
         if self._rounds is None:
             self._return_credits(position, report.unrolls_consumed)
+
+    def _now_s(self) -> float:
+        """The time by which the safety of the training is measured; in lockstep its own, which is no clock's."""
+        return self._surroundings.now_s() if self._rounds is None else self._learner.lockstep_time_s()
+
+    def _inputs(self) -> StepInputs:
+        """In lockstep nothing from outside has a part in an update: the run is a function of its seed."""
+        inputs = self._surroundings.before_step()
+        return inputs if self._rounds is None else StepInputs(at_s=self._learner.lockstep_time_s())
 
     def open_round(self) -> None:
         """In lockstep, when a round is complete and no update can be made: one credit for each actor."""
         if self._rounds is None or self._rounds.is_open or self.may_step or self.is_over:
             return
+        if self._learner.is_halted:
+            return  # what the next round brought would never be consumed
+        # In lockstep between two rounds only, so that all unrolls of a round are made in one stage.
+        self._look_at_curriculum()
         self._rounds.open()
         for actor in range(self._config.supervisor.num_actors):
             self._senders.release(actor)
@@ -339,7 +405,32 @@ class LearnerLoop:
         return self._journal.append(type(event).__name__, event, frames)
 
     def counters(self) -> dict[str, float]:
-        """Refusals by cause, of unrolls and of frames."""
+        """Refusals by cause, of unrolls and of frames, and what happened beside updates, by kind."""
         counts = {f"refused.{cause}": float(count) for cause, count in self._refused.items()}
+        counts |= {f"facts.{kind}": float(count) for kind, count in self._facts.items()}
         counts |= {f"refused.frame.{cause}": float(count) for cause, count in self._server.refused.items()}
         return counts
+
+
+def _fact(report: StepReport, inputs: StepInputs) -> LearnerStepped | StepFailed:
+    """The record of an update, made or not."""
+    if report.failure:
+        return StepFailed(
+            step=report.step,
+            environment_steps=report.environment_steps,
+            digest=report.digest,
+            state_digest=report.state_digest,
+            reason=report.failure,
+            out_of_memory=report.out_of_memory,
+            inputs=inputs,
+            facts=list(report.facts),
+        )
+    return LearnerStepped(
+        step=report.step,
+        environment_steps=report.environment_steps,
+        digest=report.digest,
+        state_digest=report.state_digest,
+        metrics=report.metrics,
+        inputs=inputs,
+        facts=list(report.facts),
+    )

@@ -29,6 +29,7 @@ from esper_simic.events import (
     LearnerStepped,
     RecordQuarantined,
     RunStarted,
+    StepFailed,
     StepSkipped,
 )
 from esper_simic.fingerprint import fingerprint
@@ -265,10 +266,10 @@ class Recovery:
 
     def _compare(self, folded: Folded) -> None:
         event, report = folded.event, folded.report
-        if not isinstance(event, LearnerStepped | CheckpointStaged):
+        if not isinstance(event, LearnerStepped | StepFailed | CheckpointStaged):
             return
         is_equal = folded.state_digest is None or folded.state_digest == event.state_digest
-        if isinstance(event, LearnerStepped):
+        if isinstance(event, LearnerStepped | StepFailed):
             self._steps_redone += 1
             is_equal = is_equal and (report is None or report.digest == event.digest)
         if not is_equal and self.divergent_step is None:

@@ -80,6 +80,31 @@ def test_nothing_crosses_an_episode_end(name: str) -> None:
     assert not torch.equal(before[:5, 0], after[:5, 0])
 
 
+def test_long_unrolls_equal_the_recursion() -> None:
+    arguments = random_arguments(120, 3, seed=6, ends=0.05)
+    found = gae(**arguments, lambda_=0.95)
+    plain = {name: tensor.tolist() for name, tensor in arguments.items()}
+    for lane in range(3):
+        following, value_after = 0.0, plain["bootstrap_value"][lane]
+        for t in reversed(range(120)):
+            gamma, value = plain["discounts"][t][lane], plain["values"][t][lane]
+            delta = plain["rewards"][t][lane] + gamma * value_after - value
+            following, value_after = delta + gamma * 0.95 * following, value
+            assert float(found.advantages[t, lane]) == pytest.approx(following, abs=1e-11)
+
+
+@pytest.mark.parametrize("poison", [float("inf"), float("nan")])
+@pytest.mark.parametrize("length", [12, 40])
+def test_a_poisoned_episode_does_not_reach_the_one_before_it(poison: float, length: int) -> None:
+    arguments = random_arguments(length, 2, seed=7, ends=0.0)
+    arguments["discounts"][5] = 0.0
+    clean = gae(**arguments, lambda_=0.9)
+    arguments["values"][6:] = poison
+    found = gae(**arguments, lambda_=0.9)
+    assert torch.allclose(found.advantages[:6], clean.advantages[:6], rtol=1e-12, atol=1e-13)
+    assert torch.allclose(found.returns[:6], clean.returns[:6], rtol=1e-12, atol=1e-13)
+
+
 def test_no_gradient_flows() -> None:
     arguments = random_arguments(4, 2, seed=3)
     for tensor in arguments.values():

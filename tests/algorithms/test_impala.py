@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from esper_simic.algorithms.impala import ImpalaLoss, impala_loss
+from esper_simic.algorithms.temporal_difference import td_targets
 from esper_simic.algorithms.vtrace import vtrace
 
 LENGTH, LANES = 6, 4
 OPTIONS: dict[str, Any] = {
     "clip_rho": 1.2,
     "clip_c": 0.9,
+    "clip_pg_rho": 0.7,
     "lambda_": 0.95,
     "value_coefficient": 0.5,
     "entropy_coefficient": 0.02,
@@ -45,8 +47,14 @@ def loss_of(batch: dict[str, Tensor], **options: Any) -> ImpalaLoss:
     return impala_loss(**arguments)
 
 
-def targets_of(batch: dict[str, Tensor]) -> tuple[list[list[float]], list[list[float]]]:
-    """Targets and advantages; `tests.algorithms.test_vtrace` proves them."""
+def targets_of(
+    batch: dict[str, Tensor], targets: str = "vtrace"
+) -> tuple[list[list[float]], list[list[float]]]:
+    """Targets and advantages; `test_vtrace` and `test_temporal_difference` prove them."""
+    if targets == "td":
+        names = ("discounts", "rewards", "values", "bootstrap_value")
+        one_step = td_targets(*(batch[name] for name in names))
+        return one_step.vs.tolist(), one_step.pg_advantages.tolist()
     found = vtrace(
         batch["log_probs"] - batch["behaviour_log_probs"],
         batch["discounts"],
@@ -55,7 +63,7 @@ def targets_of(batch: dict[str, Tensor]) -> tuple[list[list[float]], list[list[f
         batch["bootstrap_value"],
         clip_rho=OPTIONS["clip_rho"],
         clip_c=OPTIONS["clip_c"],
-        clip_pg_rho=OPTIONS["clip_rho"],
+        clip_pg_rho=OPTIONS["clip_pg_rho"],
         lambda_=OPTIONS["lambda_"],
     )
     return found.vs.tolist(), found.pg_advantages.tolist()
@@ -74,11 +82,12 @@ def flat(rows: list[list[float]]) -> list[float]:
     return [x for row in rows for x in row]
 
 
+@pytest.mark.parametrize("targets", ["vtrace", "td"])
 @pytest.mark.parametrize("seed", range(5))
-def test_every_term_equals_its_formula(seed: int) -> None:
+def test_every_term_equals_its_formula(seed: int, targets: str) -> None:
     batch = random_batch(seed)
-    found = {name: float(value) for name, value in loss_of(batch).statistics().items()}
-    vs, advantages = (flat(rows) for rows in targets_of(batch))
+    found = {name: float(value) for name, value in loss_of(batch, targets=targets).statistics().items()}
+    vs, advantages = (flat(rows) for rows in targets_of(batch, targets))
     log_probs, behaviour, values, entropies, w, u = (
         flat(batch[name].tolist())
         for name in (
@@ -108,9 +117,10 @@ def test_every_term_equals_its_formula(seed: int) -> None:
     assert found == pytest.approx(expected, abs=1e-7)
 
 
-def test_gradients_equal_finite_differences_with_targets_held_fixed() -> None:
+@pytest.mark.parametrize("targets", ["vtrace", "td"])
+def test_gradients_equal_finite_differences_with_targets_held_fixed(targets: str) -> None:
     batch = random_batch(10)
-    vs, advantages = (torch.tensor(rows, dtype=torch.float64) for rows in targets_of(batch))
+    vs, advantages = (torch.tensor(rows, dtype=torch.float64) for rows in targets_of(batch, targets))
     w, u = batch["policy_weights"], batch["value_weights"]
 
     def with_fixed_targets(log_probs: Tensor, values: Tensor, entropies: Tensor) -> Tensor:
@@ -122,7 +132,8 @@ def test_gradients_equal_finite_differences_with_targets_held_fixed() -> None:
     leaves = [batch[name].clone().requires_grad_() for name in names]
     assert torch.autograd.gradcheck(with_fixed_targets, leaves)
     fixed = torch.autograd.grad(with_fixed_targets(*leaves), leaves)
-    live = torch.autograd.grad(loss_of(batch | dict(zip(names, leaves, strict=True))).total, leaves)
+    moved = batch | dict(zip(names, leaves, strict=True))
+    live = torch.autograd.grad(loss_of(moved, targets=targets).total, leaves)
     for name, one, other in zip(names, fixed, live, strict=True):
         assert torch.allclose(one, other, rtol=0, atol=1e-12), name
 
@@ -204,6 +215,32 @@ def test_log_ratios_beyond_any_number_keep_the_loss_finite() -> None:
     batch["log_probs"][0] = -1e4
     batch["behaviour_log_probs"][1] = -1e4
     assert all(value.isfinite() for value in loss_of(batch, clip_rho=1.0).statistics().values())
+
+
+def test_one_step_targets_know_no_importance_weight() -> None:
+    batch = random_batch(20)
+    wild = batch | {"behaviour_log_probs": batch["behaviour_log_probs"] - 30}
+    options: dict[str, Any] = {"targets": "td", "clip_rho": None, "clip_c": None, "clip_pg_rho": None}
+    assert torch.equal(loss_of(batch, **options).total, loss_of(wild, **options).total)
+    assert loss_of(batch, **options | {"targets": "vtrace"}).total != loss_of(batch, **options).total
+
+
+def test_the_clip_of_the_advantage_is_its_own() -> None:
+    batch = random_batch(21)
+    loose, tight = loss_of(batch, clip_pg_rho=None), loss_of(batch, clip_pg_rho=0.01)
+    assert torch.equal(loose.value_loss, tight.value_loss)
+    assert tight.policy_loss.abs() < 0.1 * loose.policy_loss.abs()
+    one = loss_of(batch, clip_pg_rho=1.0).policy_loss
+    arguments: dict[str, Any] = batch | {key: OPTIONS[key] for key in OPTIONS if key != "clip_pg_rho"}
+    assert torch.equal(impala_loss(**arguments).policy_loss, one), "the default is 1, as of vtrace"
+
+
+@pytest.mark.parametrize(("length", "lanes"), [(1, 1), (1, 4), (6, 1)])
+@pytest.mark.parametrize("targets", ["vtrace", "td"])
+def test_single_steps_and_single_lanes_have_finite_losses(length: int, lanes: int, targets: str) -> None:
+    batch = {name: tensor[..., :lanes] for name, tensor in random_batch(22).items()}
+    batch = {n: t if n == "bootstrap_value" else t[:length] for n, t in batch.items()}
+    assert all(value.isfinite() for value in loss_of(batch, targets=targets).statistics().values())
 
 
 @pytest.mark.parametrize("name", sorted(set(random_batch(0)) - {"log_probs"}))

@@ -168,6 +168,90 @@ def test_huge_log_ratios_stay_finite_in_single_precision(sign: int, clip: float 
     assert torch.equal(found.vs, bounded.vs)
 
 
+@pytest.mark.parametrize("clips", [{}, {"clip_rho": 0.5, "clip_c": 0.3, "clip_pg_rho": 2.0, "lambda_": 0.9}])
+def test_the_bound_of_large_ratios_changes_nothing_under_clips(clips: dict[str, float]) -> None:
+    case = random_case(8, 3, seed=10, spread=100.0)
+    case.log_rhos.abs_()
+    assert (case.log_rhos > LOG_RHO_MAX).sum() > 10
+    options = {"clip_rho": 1.0, "clip_c": 1.0, "clip_pg_rho": 1.0, "lambda_": 1.0} | clips
+    vs, advantages = literal(case, *options.values())
+    assert case.run(**options).vs.numpy() == pytest.approx(np.array(vs), abs=1e-10, rel=1e-10)
+    assert case.run(**options).pg_advantages.numpy() == pytest.approx(np.array(advantages), abs=1e-10)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_ratios_beyond_the_bound_count_as_the_bound(sign: int) -> None:
+    case = random_case(6, 3, seed=11)
+    case.log_rhos = sign * (LOG_RHO_MAX + 1 + case.log_rhos.abs())
+    beyond = case.run(clip_rho=None, clip_c=None, clip_pg_rho=None)
+    case.log_rhos = torch.full_like(case.log_rhos, sign * LOG_RHO_MAX)
+    vs, advantages = literal(case, None, None, None, 1.0)
+    assert beyond.vs.numpy() == pytest.approx(np.array(vs), rel=1e-10)
+    assert beyond.pg_advantages.numpy() == pytest.approx(np.array(advantages), rel=1e-10)
+
+
+@pytest.mark.parametrize("clip_c", [None, 1e12])
+@pytest.mark.parametrize("length", [16, 40])
+def test_a_target_that_overflows_does_not_reach_the_episode_before_it(
+    clip_c: float | None, length: int
+) -> None:
+    case = random_case(length, 2, seed=12, ends=0.0)
+    case.log_rhos.fill_(LOG_RHO_MAX)
+    case.rewards.abs_()
+    case.discounts[3] = 0.0
+    singles = Case(*(getattr(case, name).float() for name in Case.__dataclass_fields__))
+    found = singles.run(clip_rho=None, clip_c=clip_c, clip_pg_rho=None)
+    assert not found.vs[4].isfinite().any()
+    bootstrap = case.values[4]
+    first = Case(case.log_rhos[:4], case.discounts[:4], case.rewards[:4], case.values[:4], bootstrap)
+    vs, advantages = literal(first, None, clip_c, None, 1.0)
+    assert found.vs[:4].numpy() == pytest.approx(np.array(vs[:4]), rel=1e-4)
+    assert found.pg_advantages[:4].numpy() == pytest.approx(np.array(advantages[:4]), rel=1e-4)
+
+
+@pytest.mark.parametrize("poison", [math.inf, math.nan])
+def test_a_poisoned_episode_does_not_reach_the_one_before_it(poison: float) -> None:
+    case = random_case(12, 2, seed=13, ends=0.0)
+    case.discounts[5] = 0.0
+    clean = case.run()
+    case.values[6:] = poison
+    found = case.run()
+    assert torch.equal(found.vs[:6], clean.vs[:6])
+    assert torch.equal(found.pg_advantages[:6], clean.pg_advantages[:6])
+
+
+@pytest.mark.parametrize(("length", "lanes"), [(1, 1), (80, 1), (80, 32), (200, 2)])
+def test_long_unrolls_equal_the_recursion_of_remark_one(length: int, lanes: int) -> None:
+    case = random_case(length, lanes, seed=14, ends=0.05)
+    found = case.run(clip_rho=1.1, clip_c=0.9, clip_pg_rho=2.0, lambda_=0.97)
+    discounts, rewards, values = (getattr(case, n).tolist() for n in ("discounts", "rewards", "values"))
+    ratios, bootstrap = case.log_rhos.exp().tolist(), case.bootstrap_value.tolist()
+    for lane in range(lanes):
+        next_v, next_value = bootstrap[lane], bootstrap[lane]
+        for t in reversed(range(length)):
+            ratio, value, gamma = ratios[t][lane], values[t][lane], discounts[t][lane]
+            advantage = min(2.0, ratio) * (rewards[t][lane] + gamma * next_v - value)
+            delta = min(1.1, ratio) * (rewards[t][lane] + gamma * next_value - value)
+            next_v = value + delta + gamma * 0.97 * min(0.9, ratio) * (next_v - next_value)
+            next_value = value
+            assert float(found.vs[t, lane]) == pytest.approx(next_v, abs=1e-11)
+            assert float(found.pg_advantages[t, lane]) == pytest.approx(advantage, abs=1e-11)
+
+
+@given(st.integers(0, 2**32 - 1), st.floats(-3, 3), st.sampled_from(CLIPS))
+def test_targets_are_linear_in_rewards_and_values(seed: int, factor: float, clip: float | None) -> None:
+    one, other = random_case(5, 3, seed), random_case(5, 3, seed + 1)
+    names = ("rewards", "values", "bootstrap_value")
+    both = Case(one.log_rhos, one.discounts, *(getattr(one, n) + factor * getattr(other, n) for n in names))
+    other.log_rhos, other.discounts = one.log_rhos, one.discounts
+    options = {"clip_rho": clip, "clip_c": clip, "clip_pg_rho": clip}
+    for whole, first, second in zip(
+        both.run(**options), one.run(**options), other.run(**options), strict=True
+    ):
+        size = 1 + float(first.abs().max() + second.abs().max())
+        assert torch.allclose(whole, first + factor * second, rtol=0, atol=1e-9 * size)
+
+
 def test_long_clipped_unrolls_with_huge_ratios_stay_finite() -> None:
     case = random_case(1000, 4, seed=5, spread=50.0)
     found = case.run()

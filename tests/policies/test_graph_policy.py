@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from esper_simic.actions import OP
 from esper_simic.config import TrainerConfig
+from esper_simic.errors import InvariantViolation
 from esper_simic.graphs import OBSERVATION_KEYS
 from esper_simic.policies.graph_policy import GraphPolicy, observations_from_numpy
 from tests.policies.synthetic import (
@@ -139,7 +140,7 @@ def test_a_packed_batch_equals_graph_by_graph(policy: GraphPolicy) -> None:
             {key: tensor[only] for key, tensor in seen.items()},
             {key: tensor[only] for key, tensor in features.items()},
         )
-        assert torch.allclose(one.graph, whole.graph[only], rtol=0, atol=1e-6)
+        assert torch.allclose(one.whole, whole.whole[only], rtol=0, atol=1e-6)
         mask = seen["slot_mask"][only].bool()
         assert torch.allclose(one.slots[mask], whole.slots[only][mask], rtol=0, atol=1e-6)
 
@@ -259,7 +260,7 @@ def test_the_first_policy_is_nearly_uniform() -> None:
         seen.initial_state,
         seen.actions,
     )
-    for head, entropy in found.head_entropies.items():
+    for head, entropy in found.heads.head_entropies.items():
         assert ((entropy > 0.999) | (entropy == 0)).all(), head
     assert len(set(seen.actions[..., OP].flatten().tolist())) == 6
 
@@ -290,3 +291,74 @@ def test_the_initial_state_is_empty(policy: GraphPolicy) -> None:
     state = policy.initial_state(3)
     assert state.shape == (3, policy.state_size)
     assert not state.any()
+
+
+# -- the door ----------------------------------------------------------------------------------------------------------
+
+
+def test_tensors_of_another_shape_or_dtype_are_refused_by_name(policy: GraphPolicy) -> None:
+    rng = np.random.default_rng(10)
+    seen, start = observations(rng, LANES), torch.zeros(LANES, dtype=torch.bool)
+    state, chance = policy.initial_state(LANES), uniforms(rng, LANES)
+    for name, arguments in (
+        ("observations.globals", (seen | {"globals": seen["globals"][:1]}, start, state, chance)),
+        ("episode_start", (seen, start.float(), state, chance)),
+        ("state", (seen, start, state[:1], chance)),
+        ("uniforms", (seen, start, state, chance[:, :1])),
+        ("uniforms", (seen, start, state, chance.float())),
+    ):
+        with pytest.raises(ValueError, match=f"^{name} must be "):
+            policy.act(*arguments)
+    rows = {key: tensor.unsqueeze(0) for key, tensor in seen.items()}
+    actions = torch.zeros(1, LANES, 8, dtype=torch.int64)
+    with pytest.raises(ValueError, match="^actions must be "):
+        policy.evaluate(rows, start.unsqueeze(0), state, actions[..., :1])
+    del rows["globals"]
+    with pytest.raises(ValueError, match="^observations lack globals"):
+        policy.evaluate(rows, start.unsqueeze(0), state, actions)
+
+
+@pytest.mark.parametrize("what", ["an observation", "a policy weight", "a value weight"])
+def test_what_is_not_finite_does_not_become_an_action(what: str) -> None:
+    policy, rng = make_policy(11), np.random.default_rng(11)
+    seen = observations(rng, LANES)
+    if what == "an observation":
+        seen["globals"][0, 0] = math.nan
+    else:
+        name = "heads.op.weight" if what == "a policy weight" else "value.0.weight"
+        with torch.no_grad():
+            policy.get_parameter(name)[0, 0] = math.nan
+    with pytest.raises(InvariantViolation, match="not finite"):
+        policy.act(
+            seen, torch.zeros(LANES, dtype=torch.bool), policy.initial_state(LANES), uniforms(rng, LANES)
+        )
+
+
+def test_free_is_what_the_masks_say(policy: GraphPolicy) -> None:
+    seen = observations(np.random.default_rng(12), LENGTH, LANES)
+    seen["action_mask"][2, 3, SPEC.mask_layout.op] = torch.tensor([1, 0, 0, 0, 0, 0], dtype=torch.int8)
+    free = policy.free(seen)
+    assert free.shape == (LENGTH, LANES)
+    assert free[2, 3] == 0
+    operations = seen["action_mask"][..., SPEC.mask_layout.op].sum(dim=-1)
+    assert torch.equal(free > 0, operations > 1)
+
+
+def test_parameters_that_do_not_learn_are_no_ones_parameters() -> None:
+    policy = make_policy(13)
+    before = len(policy.policy_parameters()), len(policy.value_parameters())
+    policy.encoder.host_in.weight.requires_grad_(False)
+    policy.value[0].weight.requires_grad_(False)
+    assert (len(policy.policy_parameters()), len(policy.value_parameters())) == (before[0] - 1, before[1] - 1)
+
+
+def test_unnormalised_numbers_pass_as_they_are() -> None:
+    bare = GraphPolicy(SPEC, CONFIG, np.random.default_rng(14), normalise=False)
+    seen = observations(np.random.default_rng(14), 5)
+    bare.normaliser.update(seen)
+    found = bare.normaliser(seen)
+    assert {key: id(tensor) for key, tensor in found.items()} == {
+        key: id(seen[key]) for key in ("host_nodes", "slot_nodes", "globals")
+    }
+    assert bare.normaliser.state_dict() == {}
+    assert not [name for name in bare.state_dict() if "normaliser" in name]

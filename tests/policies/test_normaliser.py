@@ -11,8 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from esper_simic.actions import BLUEPRINTS
-from esper_simic.policies.normaliser import CLIP, NODE_KEYS, VARIANCE_MIN, RunningNormaliser
+from esper_simic.policies.normaliser import CLIP, VARIANCE_MIN, RunningNormaliser
+from tests.policies import vectors
 from tests.policies.synthetic import SPEC, Observations, make_policy, observations
+
+NODE_KEYS = ("host_nodes", "slot_nodes", "globals")
 
 
 def rows(seen: Observations, key: str) -> np.ndarray:
@@ -127,3 +130,18 @@ def test_statistics_travel_with_the_weights() -> None:
     for key, value in policy.normaliser(seen).items():
         assert torch.equal(other.normaliser(seen)[key], value), key
     assert other.normaliser.get_buffer("globals_count") == 8
+
+
+def test_vectors_are_normalised_feature_by_feature_and_their_masks_are_not() -> None:
+    for spec in (vectors.MASKED, vectors.FLAT):
+        seen = vectors.observations(spec, np.random.default_rng(8), 6, 7)
+        seen["vector"] = seen["vector"] * 3 + 5
+        normaliser = RunningNormaliser(spec)
+        normaliser.update(seen)
+        assert set(normaliser.state_dict()) == {"vector_mean", "vector_variance", "vector_count"}
+        assert normaliser.get_buffer("vector_count") == 42
+        values = seen["vector"].double().numpy().reshape(42, -1)
+        expected = (values - values.mean(axis=0)) / values.std(axis=0)
+        found = normaliser(seen)
+        assert set(found) == {"vector"}
+        assert found["vector"].numpy().reshape(42, -1) == pytest.approx(expected, abs=1e-5)

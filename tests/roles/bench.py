@@ -17,6 +17,7 @@ import numpy as np
 from esper_simic.config import Config, parse, to_yaml
 from esper_simic.errors import SimicError
 from esper_simic.events import EpisodeFinished
+from esper_simic.growing_host.spaces import observation_spec_of
 from esper_simic.policies.graph_policy import GraphPolicy
 from esper_simic.trajectory import encode
 from supervisor.bus import Client, Poller, Received, Server, ipc_endpoint, runtime_directory
@@ -37,6 +38,7 @@ from supervisor.roles.attempts import Attempts
 from supervisor.roles.checkpointing import Checkpointer
 from supervisor.roles.learner_loop import LearnerLoop
 from supervisor.roles.recovery import Progress, Recovery
+from supervisor.roles.surroundings import Surroundings
 from tests.policies.synthetic import trajectory
 
 RUN_ID = "run-1"
@@ -120,7 +122,7 @@ class Bench:
         self.actors: list[Actor] = []
         self.told: list[Progress] = []
         self.live(1)
-        self.spec = self.loop.learner.policy.spec
+        self.spec = observation_spec_of(config.environment)
         self.policy = GraphPolicy(self.spec, config.simic_trainer, np.random.default_rng(0))
         self.initial_weights = {n: t.clone() for n, t in self.loop.learner.policy.state_dict().items()}
 
@@ -156,7 +158,10 @@ class Bench:
         self.checkpointer.begin(learner.steps_done, self.recovery.checkpoint_step)
         self.server = Server(self.endpoint, run_id=RUN_ID, accepts=ACCEPTS["learner"], frame_bytes_max=2**26)
         spec = spec_of("learner", 0, self.directory, self.config, {"experience": self.endpoint}, life)
-        self.loop = LearnerLoop(spec, self.config, learner, self.journal, self.server, self.attempts)
+        surroundings = Surroundings(self.clock)
+        self.loop = LearnerLoop(
+            spec, self.config, learner, self.journal, self.server, self.attempts, surroundings
+        )
         self.loop.begin()
         return self.recovery
 

@@ -23,9 +23,10 @@ from esper_simic.events import (
 )
 from esper_simic.fingerprint import fingerprint
 from esper_simic.growing_host.spaces import observation_spec_of
-from esper_simic.learner import Learner, StepReport
+from esper_simic.learner import Learner
 from esper_simic.learner_state import LearnerState
 from esper_simic.policies.graph_policy import GraphPolicy
+from esper_simic.step_report import StepReport
 from esper_simic.trajectory import decode, encode
 from supervisor import checkpoints
 from supervisor.journal import Journal

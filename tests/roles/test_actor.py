@@ -14,10 +14,11 @@ from torch import Tensor
 
 from esper_simic import seeding
 from esper_simic.events import ExperienceAdmitted
-from esper_simic.growing_host.vector import GrowingHostVectorEnv
+from esper_simic.growing_host.spaces import observation_spec_of
 from esper_simic.policies.graph_policy import GraphPolicy
 from esper_simic.trajectory import encode
 from esper_simic.unroll import begin, unroll
+from esper_simic.worlds.growing import GrowingWorld
 from supervisor import faults
 from supervisor.bus import Client, Poller, Server
 from supervisor.clock import ManualClock
@@ -60,15 +61,11 @@ def resimulate(
     """Make the unrolls of one life again from seeds and weights; they must be the journaled bytes."""
     trainer = pair.held.config.simic_trainer
     seeds = [seeding.derive(trainer.seed, "actor", 0, lane) for lane in range(LANES)]
-    environment = GrowingHostVectorEnv(
-        LANES,
-        pair.held.config.environment,
-        gamma=trainer.gamma,
-        lane_seeds=seeds,
-        first_episodes=first_episodes,
-    )
+    config = pair.held.config.environment
+    world = GrowingWorld(config, trainer.gamma)
+    environment = world.lanes(seeds, first_episodes, stagger=config.stagger)
     observation, _ = environment.reset()
-    policy = GraphPolicy(environment.spec_observation, trainer, np.random.default_rng(99))
+    policy = GraphPolicy(observation_spec_of(config), trainer, np.random.default_rng(99))
     policy.load_state_dict(weights)
     carry = begin(policy, observation, seeds, np.array(first_episodes, dtype=np.int64))
     for record in records:
@@ -103,7 +100,7 @@ def test_its_next_life_goes_on_behind_its_episodes(pair: Pair) -> None:
     pair.stop(child)
     pair.held.step_all()
     pair.held.make_durable()
-    first_episodes = pair.held.loop.learner.next_episodes(0)
+    first_episodes = pair.held.loop.learner.ledger.next_episodes(0)
     weights = safetensors.torch.load(pair.held.loop.learner.weights())
     child = pair.begin(incarnation=2)
     pair.until(5)
@@ -181,7 +178,7 @@ def test_an_actor_outlives_its_learner(pair: Pair, monkeypatch: pytest.MonkeyPat
     )
     assert child.is_alive()
     pair.held.live(2)
-    pair.wait(lambda: pair.held.loop.learner.unrolls(0) >= 10, pair.step_turn)
+    pair.wait(lambda: pair.held.loop.learner.ledger.unrolls(0) >= 10, pair.step_turn)
     pair.stop(child)
     events = admitted(pair)
     assert [event.sequence for event in events] == list(range(1, len(events) + 1))
@@ -261,11 +258,13 @@ class Lives:
     def move(self) -> None:
         moves = [self.act, self.hear, self.sync, self.step, self.wait, self.die]
         self.random.choices(moves, [24, 24, 18, 12, 6, 1])[0]()
-        assert len(self.held.loop.learner.unconsumed()) <= self.held.config.supervisor.unrolls_in_flight
+        assert (
+            len(self.held.loop.learner.ledger.unconsumed()) <= self.held.config.supervisor.unrolls_in_flight
+        )
 
     def is_quiet(self) -> bool:
         """Whether all was said, and every credit is in the actor's hands or held by an unroll not consumed yet."""
-        out = self.line.credits + len(self.held.loop.learner.unconsumed())
+        out = self.line.credits + len(self.held.loop.learner.ledger.unconsumed())
         return not self.line.unanswered and out == self.held.config.supervisor.unrolls_in_flight
 
     def settle(self) -> None:

@@ -48,7 +48,7 @@ class Run:
         learner = self.held.loop.learner
         self.pair.wait(
             lambda: all(
-                learner.unrolls(index) >= count for index, count in zip(ACTORS, unrolls, strict=True)
+                learner.ledger.unrolls(index) >= count for index, count in zip(ACTORS, unrolls, strict=True)
             ),
             self.pair.step_turn,
         )
@@ -122,12 +122,12 @@ def test_an_actors_next_life_makes_the_unrolls_its_last_one_would_have_made(
         run.until(lived, lived)
         run.end(0)
         # Before its end it may have been in time for one unroll more.
-        stood = run.held.loop.learner.unrolls(0)
+        stood = run.held.loop.learner.ledger.unrolls(0)
         run.begin(0)
         run.until(ROUNDS, ROUNDS)
         run.end(*ACTORS)
         assert_same(run, uninterrupted)
-        made = run.held.loop.learner.unrolls(0) - stood
+        made = run.held.loop.learner.ledger.unrolls(0) - stood
         assert run.last_words(0).work >= stood + made, "re-simulating is work: nobody takes it for hanging"
 
 
@@ -138,9 +138,9 @@ def test_actors_go_on_with_the_next_learner(tmp_path: Path, uninterrupted: Histo
         run.replace_learner()
         run.until(3, 3)
         # An unroll was taken in and is not durable; its sender was told nothing.
-        run.pair.wait(lambda: run.held.loop.learner.unrolls(0) == 4, run.held.loop.take_messages)
+        run.pair.wait(lambda: run.held.loop.learner.ledger.unrolls(0) == 4, run.held.loop.take_messages)
         run.replace_learner()
-        assert run.held.loop.learner.unrolls(0) == 3
+        assert run.held.loop.learner.ledger.unrolls(0) == 3
         run.until(ROUNDS, ROUNDS)
         run.end(*ACTORS)
         assert_same(run, uninterrupted)
@@ -197,7 +197,7 @@ def test_a_journal_without_an_unroll_that_the_learner_has_ends_the_life(
         run.begin(*ACTORS)
         run.until(1, 1)
         run.end(*ACTORS)
-        stood = run.held.loop.learner.unrolls(0)
+        stood = run.held.loop.learner.ledger.unrolls(0)
 
         def without_the_last(directory: Path) -> Iterator[Record]:
             return (

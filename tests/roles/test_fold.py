@@ -155,10 +155,12 @@ def test_a_checkpoint_anywhere_and_the_tail_are_the_whole(script: Script, data: 
         assert contents(resumed.learner) == contents(whole.learner)
         for actor in range(2):
             for life in range(3):
-                assert resumed.learner.settled(actor, life) == whole.learner.settled(actor, life)
-            assert resumed.learner.unrolls(actor) == whole.learner.unrolls(actor)
-            assert resumed.learner.next_episodes(actor) == whole.learner.next_episodes(actor)
-        assert resumed.learner.unconsumed() == whole.learner.unconsumed()
+                assert resumed.learner.ledger.settled(actor, life) == whole.learner.ledger.settled(
+                    actor, life
+                )
+            assert resumed.learner.ledger.unrolls(actor) == whole.learner.ledger.unrolls(actor)
+            assert resumed.learner.ledger.next_episodes(actor) == whole.learner.ledger.next_episodes(actor)
+        assert resumed.learner.ledger.unconsumed() == whole.learner.ledger.unconsumed()
         assert resumed.learner.score == whole.learner.score
 
 
@@ -168,7 +170,7 @@ def test_the_histories_of_these_laws_are_worth_it(long: Scribe) -> None:
     assert learner.steps_done >= 7
     assert learner.buffer.inserted >= 3 * learner.buffer.capacity
     assert learner.buffer.consumed % LANES != 0
-    assert learner.unconsumed()
+    assert learner.ledger.unconsumed()
 
 
 def test_a_checkpoint_of_every_position_of_a_long_history(long: Scribe) -> None:
@@ -497,11 +499,11 @@ def test_a_quarantined_unroll_is_lost_and_counts_as_made_and_answered(tmp_path: 
         learner, truth = fold.learner, scribe.learner
         assert learner.buffer.inserted == truth.buffer.inserted - LANES
         assert learner.environment_steps == truth.environment_steps
-        assert learner.settled(1, 1) == truth.settled(1, 1) == 2
-        assert learner.unrolls(1) == truth.unrolls(1) == 2
-        assert learner.next_episodes(1) == truth.next_episodes(1) == [5, 6, 7, 8]
-        assert [unroll.position for unroll in learner.unconsumed()] == [
-            unroll.position for unroll in truth.unconsumed() if unroll.position != lost
+        assert learner.ledger.settled(1, 1) == truth.ledger.settled(1, 1) == 2
+        assert learner.ledger.unrolls(1) == truth.ledger.unrolls(1) == 2
+        assert learner.ledger.next_episodes(1) == truth.ledger.next_episodes(1) == [5, 6, 7, 8]
+        assert [unroll.position for unroll in learner.ledger.unconsumed()] == [
+            unroll.position for unroll in truth.ledger.unconsumed() if unroll.position != lost
         ]
 
 

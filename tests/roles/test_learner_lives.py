@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from esper_simic.config import fresh_per_batch
 from esper_simic.events import ExperienceAdmitted
 from supervisor.protocol import Acknowledged, Credit, Message, Refused, Unroll, Welcome
 from supervisor.roles.fold import LearnerFold
@@ -138,7 +139,7 @@ def test_what_is_held_of_an_actor_keeps_its_credit_over_the_restart(held: Bench)
     credits_in(actor)
     held.kill()
     held.live(2)
-    assert len(held.loop.learner.unconsumed()) == IN_FLIGHT
+    assert len(held.loop.learner.ledger.unconsumed()) == IN_FLIGHT
     actor.hello()
     held.settle(actor)
     held.make_durable()
@@ -347,13 +348,13 @@ def lost(held: Bench, who: tuple[int, int]) -> set[int]:
 
 def expect_no_credit_too_many(held: Bench, players: list[Player]) -> None:
     """In hand, on the way, and held: of each actor never more than its number."""
-    holds = Counter(unroll.actor for unroll in held.loop.learner.unconsumed())
+    holds = Counter(unroll.actor for unroll in held.loop.learner.ledger.unconsumed())
     for player in players:
         if player.learner != held.recovery._incarnation:
             continue
         in_hand = player.credits + sum(m.count for m in player.line.heard if isinstance(m, Credit))
         on_the_way = sum(
-            sequence > held.loop.learner.settled(player.index, player.incarnation)
+            sequence > held.loop.learner.ledger.settled(player.index, player.incarnation)
             for sequence in player.unanswered
         )
         assert in_hand + on_the_way + holds[player.index] <= IN_FLIGHT
@@ -410,7 +411,7 @@ def test_every_experience_is_drawn_so_often_as_the_ratio_says(
         assert learner.steps_done >= 12
         consumed = learner.buffer.consumed - fills
         assert drawn / consumed == pytest.approx(per_insert, abs=1e-12)
-        assert learner.buffer.fresh < held.loop._learner._fresh_per_batch, "all that could be drawn was drawn"
+        assert learner.buffer.fresh < fresh_per_batch(held.config), "all that could be drawn was drawn"
 
         refused = held.records("ExperienceRefused")
         assert refused, "some were too old"

@@ -387,7 +387,7 @@ def test_nobody_speaks_for_another_life(held: Bench) -> None:
     assert [told.reason for told in impostor.take(Refused)] == ["not_the_living_incarnation"]
     assert held.records("ExperienceAdmitted") == []
     learner = held.loop.learner
-    assert (learner.settled(0, 2), learner.settled(0, 1)) == (0, 0), (
+    assert (learner.ledger.settled(0, 2), learner.ledger.settled(0, 1)) == (0, 0), (
         "what others say settles nothing of a life's own"
     )
 

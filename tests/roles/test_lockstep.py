@@ -153,7 +153,7 @@ def test_a_round_gives_each_actor_one_credit_and_steps_come_between_rounds(held:
         assert not players[0].play(), "what comes back with a consumed unroll is no credit here"
         assert players[1].play()
         assert {player.version for player in players} == {published}, "the weights of the round before"
-        assert held.loop.learner.unrolls(0) == held.loop.learner.unrolls(1) == number
+        assert held.loop.learner.ledger.unrolls(0) == held.loop.learner.ledger.unrolls(1) == number
     assert held.loop.learner.steps_done >= 4
 
 
@@ -222,7 +222,7 @@ def test_an_unroll_of_another_round_is_not_taken(held: Bench, shift: int) -> Non
     player.hear()
     assert player.unanswered == {}
     assert len(held.records("ExperienceAdmitted")) == before
-    assert held.loop.learner.unrolls(0) == 2
+    assert held.loop.learner.ledger.unrolls(0) == 2
     if shift < 0:
         assert player.refused == [], "it gets the first answer again"
         assert held.records("ExperienceRefused") == []
@@ -258,12 +258,12 @@ def test_a_learner_killed_in_the_middle_of_a_round_finishes_it(
         turn(held)
         players[0].play()
         held.make_durable()
-        unrolls = [held.loop.learner.unrolls(index) for index in range(ACTORS)]
+        unrolls = [held.loop.learner.ledger.unrolls(index) for index in range(ACTORS)]
         assert unrolls[0] == unrolls[1] + 1
         steps = held.loop.learner.steps_done
         held.kill()
         held.live(2)
-        assert [held.loop.learner.unrolls(index) for index in range(ACTORS)] == unrolls
+        assert [held.loop.learner.ledger.unrolls(index) for index in range(ACTORS)] == unrolls
         assert held.loop.learner.steps_done == steps
         assert not may_step(held), "the round is open"
         for player in players:
@@ -331,7 +331,7 @@ def test_an_actor_that_dies_with_its_round_on_the_way_makes_it_again(
         players[1] = Player(held, 1, incarnation=2)
         players[0].play()
         held.make_durable()
-        assert [held.loop.learner.unrolls(index) for index in range(ACTORS)] == [3, 2], (
+        assert [held.loop.learner.ledger.unrolls(index) for index in range(ACTORS)] == [3, 2], (
             "what it sent is forgotten"
         )
         assert players[1].play(), "and did not use up the credit of its new life"

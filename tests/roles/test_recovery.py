@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
-from esper_simic import learner as learner_module
 from esper_simic.algorithms.impala import impala_loss
 from esper_simic.config import Config
 from esper_simic.errors import ConfigError, UnavailableError
@@ -24,10 +24,13 @@ from esper_simic.events import (
     LearnerStepped,
     RecordQuarantined,
     RunStarted,
+    StepFailed,
     StepSkipped,
 )
 from esper_simic.fingerprint import fingerprint
 from esper_simic.learner import Learner
+from esper_simic.safety import StepInputs
+from esper_simic.updates import impala as impala_module
 from supervisor import checkpoints
 from supervisor.clock import ManualClock
 from supervisor.journal import Journal, Record, read
@@ -509,7 +512,7 @@ def drifting(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
                 **arguments | {"value_coefficient": arguments["value_coefficient"] * (1 + 1e-6)}
             )
 
-        monkeypatch.setattr(learner_module, "impala_loss", drifted)
+        monkeypatch.setattr(impala_module, "impala_loss", drifted)
 
     return drift
 
@@ -537,6 +540,31 @@ def test_a_state_that_comes_out_otherwise_makes_the_recovery_inexact(tmp_path: P
     life = live(scribe.directory, config)
     assert not life.recovery.is_exact
     assert life.recovery.divergent_step == step
+
+
+@pytest.mark.parametrize("is_exact", [True, False])
+def test_an_update_that_failed_is_compared_like_one_that_was_made(
+    tmp_path: Path, config: Config, is_exact: bool
+) -> None:
+    with Scribe(tmp_path / "run", config) as scribe:
+        scribe.teach(5)
+        while not scribe.learner.can_step():
+            scribe.admit(0)
+        event = StepFailed(
+            step=scribe.learner.steps_done + 1,
+            environment_steps=scribe.learner.environment_steps,
+            digest="",
+            state_digest=None,
+            reason="not finite: loss nan",
+            out_of_memory=False,
+            inputs=StepInputs(at_s=100.0),
+        )
+        digest = scribe.learner.fail(event).digest
+        scribe.note(msgspec.structs.replace(event, digest=digest if is_exact else "0" * 16))
+    life = live(scribe.directory, config)
+    assert life.recovery.is_exact is is_exact
+    assert life.recovery.divergent_step == (None if is_exact else event.step)
+    assert life.event(LearnerRecovered).steps_redone == event.step
 
 
 def test_after_an_inexact_recovery_all_goes_on_from_its_checkpoint(
@@ -641,7 +669,7 @@ def test_an_update_that_killed_its_recovery_three_times_is_passed_over(
     step = Learner.step
     deadly = scribe.learner.steps_done
 
-    def stepping(self: Learner) -> Any:
+    def stepping(self: Learner, inputs: StepInputs | None = None) -> Any:
         if self.steps_done + 1 == deadly:
             raise Death
         return step(self)

@@ -6,17 +6,28 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
 from esper_simic.config import Config, parse
-from esper_simic.events import EpisodeFinished, ExperienceAdmitted, ExperienceRefused, LearnerStepped
+from esper_simic.events import (
+    EpisodeFinished,
+    ExperienceAdmitted,
+    ExperienceRefused,
+    LearnerStepped,
+    StepFailed,
+)
+from esper_simic.growing_host.spaces import observation_spec_of
 from esper_simic.learner import Learner
 from esper_simic.policies.graph_policy import GraphPolicy
+from esper_simic.safety import StepInputs
 from esper_simic.seeding import generator
+from esper_simic.step_report import StepReport
 from esper_simic.trajectory import decode, encode
 from supervisor.clock import ManualClock
 from supervisor.journal import Journal, Record, read
+from supervisor.playback import ReplayReport, Request, replay
 from supervisor.roles.attempts import Attempts
 from supervisor.roles.checkpointing import Checkpointer
 from supervisor.roles.recovery import Recovery
@@ -43,15 +54,25 @@ def make_config(*assignments: str) -> Config:
 
 
 class Life:
-    """One life of a learner, moved by hand; a second passes with every move."""
+    """One life of a learner, moved by hand; a second passes with every move.
+
+    `is_old`: it records nothing that comes from outside with an update, as journals once did.
+    """
 
     def __init__(
-        self, run_dir: Path, config: Config, journal: Journal, learner: Learner, clock: ManualClock
+        self,
+        run_dir: Path,
+        config: Config,
+        journal: Journal,
+        learner: Learner,
+        clock: ManualClock,
+        is_old: bool = False,
     ) -> None:
-        self.run_dir, self.config = run_dir, config
+        self.run_dir, self.config, self.is_old = run_dir, config, is_old
         self.journal, self.learner, self.clock = journal, learner, clock
         self.checkpointer = Checkpointer(run_dir / "checkpoints", journal, RUN_ID, config.supervisor, clock)
-        self._acting = GraphPolicy(self.learner.policy.spec, config.simic_trainer, generator(1, "acting"))
+        self._spec = observation_spec_of(config.environment)
+        self._acting = GraphPolicy(self._spec, config.simic_trainer, generator(1, "acting"))
         self._sequences = {0: 0, 1: 0}
 
     def admit(self, seed: int, actor: int = 0, frames: list[bytes] | None = None) -> int:
@@ -68,7 +89,7 @@ class Life:
 
     def frames(self, seed: int) -> list[bytes]:
         """The frames of an unroll."""
-        return encode(trajectory(self._acting, seed, T, LANES, spec=self.learner.policy.spec))
+        return encode(trajectory(self._acting, seed, T, LANES, spec=self._spec))
 
     def _event(self, actor: int, seed: int) -> ExperienceAdmitted:
         self._sequences[actor] += 1
@@ -111,19 +132,19 @@ class Life:
     def step_all(self) -> int:
         """Make every update that can be made; how many."""
         count = 0
-        while self.learner.can_step():
+        while self._may_step():
             self.clock.advance(1.0)
-            report = self.learner.step()
-            stepped = LearnerStepped(
-                step=report.step,
-                environment_steps=report.environment_steps,
-                digest=report.digest,
-                state_digest=report.state_digest,
-                metrics=report.metrics,
-            )
-            self._append(stepped)
+            inputs = None if self.is_old else StepInputs(at_s=self.clock.now_s())
+            report = self.learner.step(inputs)
+            self._append(_failed(report, inputs) if inputs and report.failure else _stepped(report, inputs))
             count += 1
         return count
+
+    def _may_step(self) -> bool:
+        if self.is_old:
+            return self.learner.can_step()
+        mode = self.learner.mode(self.clock.now_s() + 1.0)
+        return mode.may_step and self.learner.can_step(mode.batch_size(self.config.simic_trainer.batch_size))
 
     def learn(self, seeds: Sequence[int]) -> None:
         """Unrolls of both actors in turn, and the updates they make possible."""
@@ -140,8 +161,35 @@ class Life:
         return self.journal.append(type(event).__name__, event, frames)
 
 
+def _stepped(report: StepReport, inputs: StepInputs | None) -> LearnerStepped:
+    return LearnerStepped(
+        step=report.step,
+        environment_steps=report.environment_steps,
+        digest=report.digest,
+        state_digest=report.state_digest,
+        metrics=report.metrics,
+        inputs=inputs,
+        facts=list(report.facts),
+    )
+
+
+def _failed(report: StepReport, inputs: StepInputs) -> StepFailed:
+    return StepFailed(
+        step=report.step,
+        environment_steps=report.environment_steps,
+        digest=report.digest,
+        state_digest=report.state_digest,
+        reason=report.failure,
+        out_of_memory=report.out_of_memory,
+        inputs=inputs,
+        facts=list(report.facts),
+    )
+
+
 @contextmanager
-def life(run_dir: Path, config: Config | None = None, incarnation: int = 1) -> Iterator[Life]:
+def life(
+    run_dir: Path, config: Config | None = None, incarnation: int = 1, *, is_old: bool = False
+) -> Iterator[Life]:
     """A learner's life, from its recovery on; an inexact one is followed by a checkpoint."""
     config = config or make_config()
     clock = ManualClock(now_s=1_700_000_000.0 + 10_000 * incarnation)
@@ -151,7 +199,7 @@ def life(run_dir: Path, config: Config | None = None, incarnation: int = 1) -> I
         Attempts(run_dir / f"{OWNER}.attempts") as attempts,
     ):
         recovery = Recovery(run_dir, RUN_ID, incarnation, config, journal, attempts, clock, lambda _: None)
-        living = Life(run_dir, config, journal, recovery.run().learner, clock)
+        living = Life(run_dir, config, journal, recovery.run().learner, clock, is_old)
         if not recovery.is_exact:
             living.checkpoint()
         yield living
@@ -176,3 +224,19 @@ def rewritten(source: Path, target: Path, change: Callable[[Record], Rewriting |
         journal.sync()
     (target / "checkpoints").symlink_to(source / "checkpoints")
     return target
+
+
+def changed_header(position: int, **changes: Any) -> Callable[[Record], Rewriting | None]:
+    def change(record: Record) -> Rewriting | None:
+        return (record.header | changes, record.frames) if record.position == position else None
+
+    return change
+
+
+def look(run_dir: Path, **asked: Any) -> ReplayReport:
+    interact = asked.pop("interact", None)
+    return replay(Request(run_dir, **asked), ManualClock(), interact=interact)
+
+
+def last_step(run_dir: Path) -> int:
+    return int(records(run_dir, "LearnerStepped")[-1].header["step"])

@@ -10,7 +10,14 @@ from typing import Any
 
 import msgspec
 
-from esper_simic.events import CheckpointSaved, ExperienceAdmitted, ExperienceRefused, LearnerStepped
+from esper_simic.events import (
+    CheckpointSaved,
+    ExperienceAdmitted,
+    ExperienceRefused,
+    LearnerStepped,
+    StepFailed,
+)
+from esper_simic.safety import StepInputs
 from supervisor import files
 from supervisor.bus import Poller, Received, Server, ipc_endpoint, runtime_directory
 from supervisor.clock import ManualClock
@@ -35,7 +42,9 @@ def record(run_dir: Path, events: Iterable[AnyEvent]) -> Path:
 
 def record_learner(
     run_dir: Path,
-    *events: tuple[float, LearnerStepped | ExperienceAdmitted | ExperienceRefused | CheckpointSaved],
+    *events: tuple[
+        float, LearnerStepped | StepFailed | ExperienceAdmitted | ExperienceRefused | CheckpointSaved
+    ],
 ) -> None:
     """Write a learner's journal: each event with the wall clock's seconds."""
     clock = ManualClock()
@@ -54,6 +63,18 @@ def stepped(step: int, environment_steps: int) -> LearnerStepped:
         digest="d",
         state_digest=None,
         metrics={"entropy": 1.5},
+    )
+
+
+def failed_step(step: int, environment_steps: int) -> StepFailed:
+    return StepFailed(
+        step=step,
+        environment_steps=environment_steps,
+        digest="d",
+        state_digest=None,
+        reason="not finite: loss nan",
+        out_of_memory=False,
+        inputs=StepInputs(at_s=float(step)),
     )
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
+import yaml
 from pydantic.fields import FieldInfo
 
 from esper_simic.config import Config, EnvironmentConfig, TrainerConfig, to_yaml
@@ -83,7 +86,13 @@ def field(model: type[TrainerConfig] | type[EnvironmentConfig], name: str) -> Fi
         (field(EnvironmentConfig, "momentum"), "in [0, 1)"),
         (field(TrainerConfig, "warmup_epochs"), ">= 0"),
         (field(TrainerConfig, "rho_bar"), "> 0"),
-        (field(TrainerConfig, "algorithm"), "only IMPALA"),
+        (field(TrainerConfig, "algorithm"), "one of IMPALA, PPO, APPO, IQL, BC"),
+        (field(TrainerConfig, "entropy_floors"), "each in [0, 1]"),
+        (field(TrainerConfig, "entropy_multipliers"), "each >= 0"),
+        (field(EnvironmentConfig, "kwargs"), ""),
+        (FieldInfo.from_annotation(Literal["fast"]), "only fast"),  # type: ignore[arg-type]
+        (FieldInfo.from_annotation(Literal["a", "b"] | None), "one of a, b"),  # type: ignore[arg-type]
+        (FieldInfo.from_annotation(tuple[Literal["a", "b"], ...]), "each one of a, b"),
         (field(EnvironmentConfig, "stagger"), "true or false"),
         (field(EnvironmentConfig, "slots"), ""),
     ],
@@ -92,14 +101,30 @@ def test_what_a_key_accepts_is_said_in_words(described: FieldInfo, words: str) -
     assert config_file.allowed_words(described) == words
 
 
+MAPPINGS = {
+    "simic_trainer.entropy_multipliers",
+    "simic_trainer.entropy_floors",
+    "simic_trainer.entropy_floor_coefficients",
+    "environment.kwargs",
+}
+"""Keys whose values are mappings; all other mappings are sections."""
+
+
+def leaves(section: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """Dotted paths of the keys of a configuration, as its YAML has them."""
+    for name, value in section.items():
+        path = f"{prefix}{name}"
+        if isinstance(value, dict) and path not in MAPPINGS:
+            yield from leaves(value, f"{path}.")
+        else:
+            yield path
+
+
 def test_every_key_of_the_configuration_is_explained_once_with_words() -> None:
     explained = config_file.explain("digits")
     paths = [key.path for key in explained]
     assert len(set(paths)) == len(paths)
-    leaves = [line for line in to_yaml(Config()).splitlines() if line.strip() and not line.endswith(":")]
-    items = [line for line in leaves if line.strip().startswith("- ")]
-    lists = 2  # slots and blueprints end with a colon and go on with items
-    assert len(paths) == len(leaves) - len(items) + lists
+    assert paths == list(leaves(yaml.safe_load(to_yaml(Config()))))
     assert all(key.description.endswith(".") for key in explained)
     assert not any(word in key.allowed for key in explained for word in ("Ge(", "Le(", "Gt(", "Lt("))
 
@@ -111,6 +136,9 @@ def test_explaining_tells_default_and_the_presets_value() -> None:
     assert keys["simic_trainer.policy_lr"].value == "unset"
     slots = config_file.explain("digits", "environment.slots")
     assert [key.value for key in slots] == ["[r0c0, r0c1, r0c2]"]
+    (floors,) = config_file.explain("digits", "entropy_floors")
+    assert yaml.safe_load(floors.value) == config_file.load("digits").simic_trainer.entropy_floors
+    assert "'" not in floors.value
     assert [key.default for key in config_file.explain("digits", "mask_gates")] == ["true"]
     assert [key.path for key in config_file.explain("digits", "reward.mode")] == ["environment.reward.mode"]
 

@@ -479,3 +479,34 @@ def test_every_run_can_be_ended_by_two_requests(steps: list[tuple[AnyInput, floa
     for who in sorted(world.state.live):
         world.gone(who, ExitReason.SIGNAL)
     assert world.state.finished is not None
+
+
+def test_a_training_that_is_never_told_to_end_is_ended_by_its_timeout() -> None:
+    world = World()
+    world.train()
+    assert world.wait_for(dict.fromkeys(world.state.live, 1e9), 24 * 3600 - 1) == []
+    ended = world.wait_for(dict.fromkeys(world.state.live, 1e9), 2)
+    assert ended[0] == "TrainingEnded"
+    assert world.state.training_ended is not None
+    assert world.state.training_ended.reason == "training_timeout"
+    world.gone(actor(0))
+    world.gone(actor(1))
+    world.report_checkpoint(LEARNER)
+    assert world.gone(LEARNER)[:2] == ["ChildExited", "EvaluationStarted"], "it is measured like any other"
+
+
+def test_a_learner_that_halts_ends_the_run_and_its_policy_is_kept() -> None:
+    world = World()
+    world.train()
+    told = world.tell(ProgressHeard(child=LEARNER, learner_step=9, environment_steps=90, is_halted=True))
+    assert told[0] == "TrainingEnded"
+    world.gone(actor(0))
+    world.gone(actor(1))
+    world.report_checkpoint(LEARNER)
+    world.gone(LEARNER)
+    finished = world.state.finished
+    assert finished is not None
+    assert (finished.exit_code, finished.outcome) == (1, "failed")
+    assert "halted itself" in finished.reason
+    assert "the last good policy is in" in finished.reason
+    assert world.state.evaluations == {}

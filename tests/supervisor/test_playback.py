@@ -14,14 +14,12 @@ import msgspec
 import numpy as np
 import pytest
 
-from esper_simic.errors import ContractError, InvariantViolation
-from esper_simic.events import StepSkipped
+from esper_simic.errors import ContractError
 from supervisor.clock import ManualClock
 from supervisor.journal import Record
 from supervisor.playback import (
     Pause,
     Progress,
-    ReplayReport,
     Request,
     RequestError,
     console,
@@ -31,9 +29,19 @@ from supervisor.playback import (
 )
 from supervisor.roles.attempts import Attempts, Work
 from supervisor.roles.fold import LearnerFold
-from tests.supervisor.recorded_learner import OWNER, Rewriting, life, make_config, records, rewritten
+from tests.supervisor.recorded_learner import (
+    OWNER,
+    Rewriting,
+    changed_header,
+    last_step,
+    life,
+    look,
+    make_config,
+    records,
+    rewritten,
+)
 
-TRUNCATION_FRAME, REWARD_FRAME = -1, -3
+REWARD_FRAME = -3
 
 
 @pytest.fixture(scope="module")
@@ -52,15 +60,6 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         second.checkpoint()
         second.learn(range(32, 36))
     return run_dir
-
-
-def look(run_dir: Path, **asked: Any) -> ReplayReport:
-    interact = asked.pop("interact", None)
-    return replay(Request(run_dir, **asked), ManualClock(), interact=interact)
-
-
-def last_step(run_dir: Path) -> int:
-    return int(records(run_dir, "LearnerStepped")[-1].header["step"])
 
 
 def names(run_dir: Path) -> list[str]:
@@ -248,13 +247,6 @@ def test_the_very_number_by_which_a_tensor_differs(run: Path, tmp_path: Path) ->
     (value,) = bad.value_differences
     assert value.path == "numbers.reward_scale.count"
     assert value.recorded == value.computed + 1
-
-
-def changed_header(position: int, **changes: Any) -> Callable[[Record], Rewriting | None]:
-    def change(record: Record) -> Rewriting | None:
-        return (record.header | changes, record.frames) if record.position == position else None
-
-    return change
 
 
 def test_a_false_digest_is_a_divergence_of_nothing_else(run: Path, tmp_path: Path) -> None:
@@ -566,54 +558,6 @@ def test_where_nothing_matches_that_is_said(run: Path) -> None:
         report = look(run, condition=parse_break(condition))
         assert (report.outcome, report.stopped) == ("equal", None)
         assert report.notes == ["nothing was there to stop before"]
-
-
-@pytest.fixture
-def died(tmp_path: Path) -> Path:
-    """A run whose next update cannot be made: a value of a cut episode that squares to infinity."""
-    run_dir = tmp_path / "run"
-    with life(run_dir) as living:
-        living.learn(range(8))
-        frames = living.frames(8)
-        values = np.full_like(np.frombuffer(frames[TRUNCATION_FRAME], dtype="<f4"), 3e38)
-        living.admit(8, frames=[*frames[:TRUNCATION_FRAME], values.tobytes()])
-        living.admit(9)
-        with pytest.raises(InvariantViolation, match="gradient norm"):
-            living.step_all()
-    return run_dir
-
-
-@pytest.mark.parametrize("condition", ["nan", "the next"])
-def test_the_step_that_the_run_died_of(died: Path, condition: str) -> None:
-    last = last_step(died)
-    raised: list[str] = []
-
-    def make(pause: Pause) -> None:
-        assert (pause.step, pause.record, pause.metrics) == (last + 1, None, {})
-        assert pause.batch is not None
-        with pytest.raises(InvariantViolation) as error:
-            pause.advance()
-        raised.append(str(error.value))
-
-    where = condition if condition == "nan" else str(last + 1)
-    report = look(died, condition=parse_break(where), interact=make)
-    assert "gradient norm" in raised[0]
-    assert (report.outcome, report.steps) == ("equal", last)
-    assert report.stopped is not None
-    assert (report.stopped.step, report.stopped.position) == (last + 1, None)
-
-
-def test_a_step_that_was_given_up_is_one_that_the_run_died_of(died: Path) -> None:
-    for _ in range(3):
-        with Attempts(died / f"{OWNER}.attempts") as attempts:
-            attempts.begin(Work.STEP, last_step(died) + 1)
-    with life(died, incarnation=5):
-        (skipped,) = records(died, "StepSkipped")
-    seen: list[Pause] = []
-    report = look(died, condition=parse_break("nan"), interact=seen.append)
-    assert [type(pause.event) for pause in seen] == [StepSkipped]
-    assert seen[0].step == skipped.header["step"]
-    assert report.outcome == "equal"
 
 
 def test_the_console_shows_the_banner_and_obeys(

@@ -175,6 +175,9 @@ def test_a_version_must_be_in_the_journal() -> None:
     assert examine(noted, heard(versions=(0, 3))).versions_lost == [3]
     skipped = journal_of(stepped(1, 1), (2, "StepSkipped", {"step": 2}))
     assert examine(skipped, heard(versions=(2,))).is_good
+    failed = journal_of(stepped(1, 1), (2, "StepFailed", {"step": 2}), stepped(3, 3))
+    assert examine(failed, heard(versions=(2, 3))).is_good
+    assert examine(failed, Heard()).steps_broken == []
 
 
 def test_a_recovery_must_reach_every_version_that_somebody_had_seen() -> None:
@@ -204,6 +207,12 @@ def test_digests_are_equal_as_far_as_every_one_of_them_was_compared() -> None:
     assert equal_until(report(), SEVEN) == 7
     assert equal_until(report(outcome="divergent", divergence={"position": 6}), SEVEN) == 6
     assert equal_until(report(crossings=[{"position": 4}]), SEVEN) == 4
+
+
+def test_a_step_that_failed_has_a_digest_like_any_other() -> None:
+    failed = [one._replace(kind="StepFailed") if one.position == 3 else one for one in SEVEN]
+    assert equal_until(report(), failed) == 7
+    assert equal_until(report(steps_by_digest=2), failed) == 0
 
 
 @pytest.mark.parametrize(

@@ -146,6 +146,33 @@ def test_one_episode_is_shown_without_an_interval_and_none_without_a_figure() ->
     assert result_table([]).row_count == 0
 
 
+def test_where_nothing_grows_there_are_returns_alone() -> None:
+    played = {
+        name: PolicyEvaluated(
+            at_s=1.0, policy=name, returns=returns, accuracies=(), parameters=(), summary={}
+        )
+        for name, returns in (("learned", (500.0, 480.0, 500.0)), ("random", (22.0, 19.0, 31.0)))
+    }
+    text = shown(results=played)
+    (head, *table) = cells_of(text)
+    assert head == ["policy", "return", "learned minus it"]
+    assert [line[0] for line in table] == ["learned", "random"]
+    assert words(table[0][1])[0] == pytest.approx(interquartile_mean(played["learned"].returns), abs=0.005)
+    assert "accuracy" not in text
+    assert "parameters" not in text
+    assert verdict(rows(played)) == ["learned against random: higher in return"]
+    assert not any(row.is_on_front for row in rows(played)), "of accuracy against parameters"
+
+
+def test_a_figure_that_one_policy_has_is_a_column_for_all() -> None:
+    bare = PolicyEvaluated(
+        at_s=1.0, policy="random", returns=(1.0, 2.0), accuracies=(), parameters=(), summary={}
+    )
+    (head, *table) = cells_of(shown(results={"learned": RESULTS["learned"], "random": bare}))
+    assert head[3:] == ["host accuracy %", "parameters added"]
+    assert table[1][3:] == ["-", "-"]
+
+
 @pytest.mark.parametrize(
     ("value", "digits", "sign", "text"),
     [

@@ -23,6 +23,7 @@ from supervisor.vitals import Snapshot, Vitals
 from tests.supervisor.recorded_runs import (
     admitted,
     failed,
+    failed_step,
     finished,
     record,
     record_learner,
@@ -101,6 +102,18 @@ def test_steps_are_those_of_the_learners_journal_also_after_its_last_update(tmp_
     assert (shot.learner.step, shot.learner.metrics) == (2, {"entropy": 1.5})
     assert shot.environment.steps == 640 + 320 + 320
     assert shot.elapsed_s == 9.0
+
+
+@pytest.mark.parametrize("made", [1, 0])
+def test_an_update_that_failed_counts_and_metrics_are_those_of_the_last_that_was_made(
+    tmp_path: Path, made: int
+) -> None:
+    run_dir = record(tmp_path, training().events)
+    before = [(4.0 + step, stepped(step, 320 * step)) for step in range(1, made + 1)]
+    record_learner(run_dir, *before, (7.0, failed_step(made + 1, 640)), (8.0, admitted(10, 32)))
+    shot = status.observe(run_dir)
+    assert (shot.learner.step, shot.environment.steps) == (made + 1, 640 + 320)
+    assert shot.learner.metrics == ({"entropy": 1.5} if made else {})
 
 
 def test_steps_admitted_before_the_first_update_count(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import msgspec
 import psutil
 
 from esper_simic.config import SupervisorConfig
+from esper_simic.telemetry import StepHistograms
 from supervisor.events import ChildId, ExitReason
 from supervisor.memory import (
     machine_available_bytes,
@@ -234,3 +235,47 @@ def test_memory_of_a_process_agrees_with_another_reader() -> None:
 def test_this_machine_has_more_memory_than_this_process() -> None:
     assert resident_bytes(os.getpid()) < machine_total_bytes()
     assert 0 < machine_available_bytes() <= machine_total_bytes()
+
+
+def test_what_a_careful_training_does_is_said() -> None:
+    world, vitals = World(), Vitals()
+    world.train()
+    metrics = {
+        "breaker.training": 2.0,
+        "breaker.vtrace": 2.0,
+        "conservative_mode": 1.0,
+        "slo_budget_left.throughput": 0.0,
+        "slo_budget_left.step_latency": 0.5,
+    }
+    vitals.heard(
+        Progress(role="learner", index=0, incarnation=LEARNER.incarnation, work=1, metrics=metrics), 1.0
+    )
+    shown = snapshot(world, vitals)
+    assert len(shown.troubles) == 1
+    assert "the training's breaker is open" in shown.troubles[0]
+    assert [note.split(":")[0] for note in shown.notes] == [
+        "conservative mode",
+        "V-trace's breaker is open",
+        "objectives out of their error budget",
+    ]
+    assert shown.notes[-1].endswith(": throughput")
+
+
+def test_counters_and_histograms_add_up_over_the_learners_lives() -> None:
+    world, vitals = World(), Vitals()
+    world.train()
+    for life, refused in ((1, 3.0), (2, 2.0)):
+        counts = StepHistograms().followed({"grad_norm": 0.5}).by_source
+        report = Progress(
+            role="learner",
+            index=0,
+            incarnation=life,
+            work=1,
+            metrics={"refused.too_old": refused},
+            histograms=counts,
+        )
+        vitals.heard(report, float(life))
+        vitals.heard(report, float(life))  # said twice, counted once
+    shown = snapshot(world, vitals)
+    assert shown.counters["refused.too_old"] == 5.0
+    assert shown.histograms["grad_norm"].count == 2

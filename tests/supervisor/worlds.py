@@ -60,7 +60,12 @@ def begun(
         run_id="run-1",
         preset="digits",
         config_text="",
-        config={} if config is None else {"supervisor": config.model_dump(mode="json")},
+        config={}
+        if config is None
+        else {
+            "supervisor": config.model_dump(mode="json"),
+            "simic_trainer": {"training_timeout_hours": 24.0},
+        },
         fingerprint={},
         versions={},
         started_unix_s=started_unix_s,

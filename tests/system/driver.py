@@ -36,6 +36,7 @@ SETTINGS = {
     "supervisor.num_actors": 1,
     "supervisor.evaluation_episodes": 4,
     "supervisor.evaluation_workers": 1,
+    "supervisor.metrics_port": "null",
 }
 """A run in seconds, most of them spent on imports."""
 
@@ -63,12 +64,15 @@ def say(*arguments: str | Path, cwd: Path | None = None, within_s: float = START
     return Said(done.returncode, done.stdout, done.stderr)
 
 
-def run_arguments(run_dir: Path, *, evaluation: bool = True, **changed: Any) -> list[str | Path]:
-    """`run` with the small settings; changes by dotted key, dots as double underscores."""
+def run_arguments(
+    run_dir: Path, *, evaluation: bool = True, preset: str = "", **changed: Any
+) -> list[str | Path]:
+    """`run` with the small settings; changes by dotted key, dots as double underscores, None for one not to be set."""
     settings = SETTINGS | {key.replace("__", "."): value for key, value in changed.items()}
-    assignments = [f"--set={key}={value}" for key, value in settings.items()]
+    assignments = [f"--set={key}={value}" for key, value in settings.items() if value is not None]
     measured = "--evaluation" if evaluation else "--no-evaluation"
-    return ["run", "--run-dir", run_dir, measured, *assignments]
+    named = [f"--preset={preset}"] if preset else []
+    return ["run", *named, "--run-dir", run_dir, measured, *assignments]
 
 
 def until(condition: Callable[[], object], what: str, within_s: float = DEADLINE_S) -> None:

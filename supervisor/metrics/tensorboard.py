@@ -1,8 +1,8 @@
 """TensorBoard scalars of a run, under CleanRL's tag names; x is the global environment step.
 
-One writer, in the supervisor. Values come from the learner's progress reports; a report that brings no new
-environment step writes nothing, so x only grows. TensorBoard's writer buffers; what it holds reaches the file within
-`FLUSH_INTERVAL_S`, and at `close`.
+One writer, in the supervisor. Values come from the learner's progress reports, tags from the catalogue of
+`esper_simic.telemetry`; a report that brings no new environment step writes nothing, so x only grows. TensorBoard's
+writer buffers; what it holds reaches the file within `FLUSH_INTERVAL_S`, and at `close`.
 
 A run that is resumed gets another file beside the earlier ones. Its first event (`SessionLog.START`) tells readers from
 which step on it counts: what the files before it hold from there on was drawn of updates that a crash took back.
@@ -19,31 +19,23 @@ from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-
 from tensorboard.summary.writer.event_file_writer import EventFileWriter  # type: ignore[import-untyped]
 
 from esper_simic.errors import UnavailableError
+from esper_simic.telemetry import CATALOGUE, tensorboard_tag
 
 FLUSH_INTERVAL_S: Final = 10
 """Longest time after which a watcher sees what was written."""
 
 TAGS: Final = {
-    "episodic_return": "charts/episodic_return",
-    "episodic_length": "charts/episodic_length",
-    "episodic_accuracy": "charts/episodic_accuracy",
-    "episodic_parameters": "charts/episodic_parameters_added",
-    "steps_per_second": "charts/SPS",
-    "learning_rate.policy": "charts/learning_rate",
-    "learning_rate.value": "charts/learning_rate_value",
-    "entropy_coefficient": "charts/entropy_coefficient",
-    "policy_lag": "charts/policy_lag",
-    "replay_age": "charts/replay_age",
-    "reward_deviation": "charts/reward_deviation",
-    "value_loss": "losses/value_loss",
-    "policy_loss": "losses/policy_loss",
-    "entropy": "losses/entropy",
-    "approx_kl": "losses/approx_kl",
-    "explained_variance": "losses/explained_variance",
-    "grad_norm": "losses/grad_norm",
-    "clip_fraction": "losses/clipfrac",
+    key: tensorboard_tag(key)
+    for key in (
+        *(metric.source for metric in CATALOGUE if metric.tag and not metric.is_family),
+        "learning_rate.policy",
+        "learning_rate.value",
+    )
 }
-"""Tag of each metric that is shown; a metric without one is not written."""
+"""Tag of each metric that every run has; those with labels of their own are found by `tensorboard_tag`.
+
+A metric without a tag is not written.
+"""
 
 
 class TensorBoardWriter:
@@ -78,9 +70,9 @@ class TensorBoardWriter:
         is_first = self._last_step < 0
         self._last_step = environment_steps
         values = [
-            Summary.Value(tag=TAGS[name], simple_value=value)
+            Summary.Value(tag=tag, simple_value=value)
             for name, value in metrics.items()
-            if name in TAGS
+            if (tag := tensorboard_tag(name))
         ]
         begun = Event(
             wall_time=wall_time_s,
