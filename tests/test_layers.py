@@ -301,6 +301,19 @@ def calls_of(source: str, names: frozenset[str]) -> list[tuple[int, str]]:
     )
 
 
+def choices_within_choices(source: str) -> list[int]:
+    """Lines of conditional expressions with another one inside: nobody reads these right at first."""
+    choices = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.IfExp))
+    return sorted(
+        {node.lineno for node in choices if any(isinstance(part, ast.IfExp) for part in inner(node))}
+    )
+
+
+def inner(node: ast.AST) -> Iterator[ast.AST]:
+    """Everything below a node."""
+    return (part for child in ast.iter_child_nodes(node) for part in ast.walk(child))
+
+
 def slots_written_down(source: str) -> list[int]:
     """Lines in which code, not a text about it, names a slot or gives an action's slot a number."""
     tree = ast.parse(source)
@@ -340,6 +353,13 @@ def test_no_code_guesses_what_exists(package):
     assert {file: calls for file, calls in found.items() if calls} == {}
 
 
+@pytest.mark.parametrize("package", ["esper_simic", "supervisor"])
+def test_no_choice_hides_in_another(package):
+    """The trap: `a if b else c if d else e`, and its relatives."""
+    found = {relative(file): choices_within_choices(file.read_text()) for file in package_files(package)}
+    assert {file: lines for file, lines in found.items() if lines} == {}
+
+
 @pytest.mark.parametrize("package", GROWTH)
 def test_no_slot_is_written_into_the_code_of_growth(package):
     """The trap: a controller that acted on slot 0, whatever it had chosen. Slots are the configuration's."""
@@ -371,6 +391,9 @@ def test_whoever_makes_hosts_tells_them_the_learners_gamma():
 
 
 def test_the_checks_of_structure_see_what_they_are_for():
+    assert choices_within_choices(
+        "a if b else c\nx = 1 if (2 if y else z) else 3\na if b else f(c if d else e)"
+    ) == [2, 3]
     assert imports_within("import a\ndef f():\n    def g():\n        from b import c\n    import d") == [4, 5]
     assert calls_of("if 'x' in locals(): y = hash(t)\nz.hash()", GUESSING_CALLS) == [
         (1, "hash"),

@@ -39,7 +39,8 @@ def initialise(
         if parameter.dim() < 2:
             parameter.zero_()
         else:
-            gain = 0.01 if name in small else 1.0 if name in unit else math.sqrt(2)
+            gains = dict.fromkeys(unit, 1.0) | dict.fromkeys(small, 0.01)
+            gain = gains.get(name, math.sqrt(2))
             parameter.copy_(torch.from_numpy(orthogonal(parameter.shape, gain, rng)))
 
 

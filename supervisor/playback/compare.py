@@ -160,6 +160,9 @@ def _difference(name: str, recorded: Tensor, computed: Tensor, largest: float) -
     larger = torch.maximum(a.abs(), b.abs())
     relative = torch.where(gap == 0.0, 0.0, torch.where(gap.isfinite(), gap / larger, math.inf))
     max_abs = float(gap.max())
+    of_kind = 0.0
+    if max_abs > 0.0:
+        of_kind = max_abs / largest if largest > 0.0 else math.inf
     return TensorDifference(
         name=name,
         shape=list(recorded.shape),
@@ -167,7 +170,7 @@ def _difference(name: str, recorded: Tensor, computed: Tensor, largest: float) -
         elements_differing=int(differs.sum()),
         max_abs=max_abs,
         max_relative=float(relative.max()),
-        of_kind=0.0 if max_abs == 0.0 else max_abs / largest if largest > 0.0 else math.inf,
+        of_kind=of_kind,
     )
 
 

@@ -30,7 +30,8 @@ def summary(event: LearnerEvent) -> str:  # noqa: C901, PLR0911, PLR0912 (a tabl
             return f"run {event.run_id}"
         case ExperienceAdmitted():
             count = len(event.episodes)
-            episodes = f", {count} episode{'' if count == 1 else 's'} ended" if count else ""
+            plural = "" if count == 1 else "s"
+            episodes = f", {count} episode{plural} ended" if count else ""
             return (
                 f"{_sender(event)}: {event.length} steps of {event.lanes} lanes by policy "
                 f"{event.policy_version}{episodes}"

@@ -91,14 +91,18 @@ def _table(rows: Sequence[Row]) -> Markup:
             "tr",
             element("th", element("bdi", row.name), scope="row"),
             [_cells(row.figures[figure.key], figure) for figure in figures],
-            element("td", "–" if row.name == FIXED else "yes" if row.is_on_front else "no")
-            if has_front
-            else None,
+            element("td", _on_front(row)) if has_front else None,
             class_="own" if row.name == LEARNED else None,
         )
         for row in rows
     ]
     return element("table", element("thead", top), element("tbody", body))
+
+
+def _on_front(row: Row) -> str:
+    if row.name == FIXED:
+        return "–"
+    return "yes" if row.is_on_front else "no"
 
 
 def _heads(groups: Sequence[Sequence[str]]) -> list[Markup]:

@@ -47,7 +47,11 @@ def synthetic(size: str = DEFAULT_SIZE) -> Task:
     channels, height, width, classes, samples = _parsed(size)
     name = f"synthetic:{channels}x{height}x{width}:{classes}:{samples}"
     rng = seeding.generator("task", "synthetic", channels, height, width, classes, samples)
-    kind: Kind = "image" if height > 1 else "series" if width > 1 else "vector"
+    kind: Kind = "vector"
+    if height > 1:
+        kind = "image"
+    elif width > 1:
+        kind = "series"
     labels = np.arange(samples, dtype=np.int64) % classes
     centres = CENTRE_SIZE * rng.standard_normal((classes, channels, height, width), dtype=np.float32)
     inputs = rng.standard_normal((samples, channels, height, width), dtype=np.float32)
