@@ -24,6 +24,7 @@ from esper_simic.actions import BLUEPRINTS, HEADS
 from esper_simic.comparison import Estimate, Interval, Paired, bootstrap_interval, mean_interval, paired
 from esper_simic.config import EnvironmentConfig
 from esper_simic.errors import InvariantViolation
+from esper_simic.graphs import FlatGrowthSpec
 from esper_simic.growing_host.alpha import Composition
 from esper_simic.growing_host.controllers import (
     Controller,
@@ -38,6 +39,7 @@ from esper_simic.growing_host.fixed_networks import Contents, final_contents, tr
 from esper_simic.growing_host.grafts import NO_SEED
 from esper_simic.growing_host.vector import GrowingHostVectorEnv
 from esper_simic.policies.policy import Policy
+from esper_simic.worlds.growing import flat_observation
 
 Array = npt.NDArray[Any]
 
@@ -148,10 +150,12 @@ class _Learned:
 
     def __init__(self, policy: Policy, lanes: int) -> None:
         self._acting = PolicyActing(policy, lanes)
+        self._is_flat = isinstance(policy.spec, FlatGrowthSpec)
         self._start = np.ones(lanes, dtype=bool)
 
     def act(self, env: GrowingHostVectorEnv, observation: Mapping[str, Array], uniforms: Array) -> Array:
-        actions = self._acting.act(observation, self._start, uniforms)
+        seen = flat_observation(observation) if self._is_flat else observation
+        actions = self._acting.act(seen, self._start, uniforms)
         self._start = np.zeros_like(self._start)
         return actions
 

@@ -16,6 +16,7 @@ from esper_simic.evaluation import (
     LEARNED,
     EpisodeOutcome,
     Grown,
+    PolicyActing,
     PolicyOutcome,
     baseline_names,
     compare,
@@ -27,7 +28,10 @@ from esper_simic.growing_host.blueprints import blueprint
 from esper_simic.growing_host.core import GrowingHosts
 from esper_simic.growing_host.spaces import observation_spec_of
 from esper_simic.growing_host.vector import GrowingHostVectorEnv
+from esper_simic.policies.build import build_policy
 from esper_simic.policies.graph_policy import GraphPolicy
+from esper_simic.worlds.growing import GrowingWorld
+from esper_simic.worlds.play import play
 
 HORIZON, GAMMA = 12, 0.99
 CONFIG = EnvironmentConfig(
@@ -299,6 +303,18 @@ def test_another_policy_learns_another_outcome_and_evaluation_changes_no_weights
     with_other = evaluate(LEARNED, CONFIG, SEEDS, gamma=GAMMA, policy=other)
     assert with_one.episodes != with_other.episodes
     assert all(tensor.equal(before[name]) for name, tensor in other.state_dict().items())
+
+
+@pytest.mark.parametrize("network", ["mlp", "lstm"])
+def test_a_policy_of_vectors_sees_here_what_it_sees_in_its_world(network: str) -> None:
+    config = CONFIG.model_copy(update={"observation": "flat"})
+    trainer = TrainerConfig.model_validate({"hidden_size": 16, "network": network})
+    world = GrowingWorld(config, GAMMA)
+    policy = build_policy(world.spec, trainer, np.random.default_rng(3))
+    here = evaluate(LEARNED, config, SEEDS, gamma=GAMMA, policy=policy)
+    there = play(world, SEEDS, lambda lanes: PolicyActing(policy, lanes), lanes_max=3)
+    assert returns(here) == [episode.episode_return for episode in there]
+    assert len(set(returns(here))) > 1
 
 
 def test_the_learned_policy_needs_a_policy() -> None:
