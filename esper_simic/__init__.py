@@ -1,7 +1,8 @@
 """Simic computes: algorithms, policies and the growing-host environment.
 
-Importing the package registers the Gymnasium environments `esper_simic/GrowingHost-v0` and, for algorithms to be tried
-on, some small ones whose best return is known; it loads no torch.
+Importing the package registers the Gymnasium environments `esper_simic/GrowingHost-v0` and
+`esper_simic/BlueprintChoice-v0` and, for algorithms to be tried on, some small ones whose best return is known; it
+loads no torch.
 """
 
 from __future__ import annotations
@@ -25,6 +26,12 @@ gymnasium.register(
     entry_point="esper_simic.growing_host.environment:GrowingHostEnv",
     vector_entry_point="esper_simic.growing_host.vector:GrowingHostVectorEnv",
     disable_env_checker=False,
+)
+
+gymnasium.register(
+    id="esper_simic/BlueprintChoice-v0",
+    entry_point="esper_simic.worlds.blueprint_choice:BlueprintChoiceEnv",
+    vector_entry_point="esper_simic.worlds.blueprint_choice:BlueprintChoiceVectorEnv",
 )
 
 for _problem, _steps_max in _KNOWN_ANSWERS.items():

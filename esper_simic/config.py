@@ -10,11 +10,12 @@ Sections carry the names of the requirements: `simic_trainer`, `experience_buffe
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Final
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from esper_simic.config_behaviour import POLICY
 from esper_simic.config_curriculum import stage_environments, success_rule
 from esper_simic.config_environment import (
     BLUEPRINT_NAMES,
@@ -25,7 +26,7 @@ from esper_simic.config_environment import (
     GovernorConfig,
     slot_names,
 )
-from esper_simic.config_gym import GROWING_HOST
+from esper_simic.config_gym import BLUEPRINT_CHOICE, GROWING_HOST
 from esper_simic.config_rewards import RewardConfig
 from esper_simic.config_section import Section, did_you_mean
 from esper_simic.config_trainer import ON_POLICY, TrainerConfig
@@ -138,6 +139,10 @@ class SupervisorConfig(Section):
     evaluation_workers: int = Field(2, ge=1, le=64, description="Processes that evaluate at the end.")
 
 
+CONTROLLERS: Final = {GROWING_HOST: "tamiyo", BLUEPRINT_CHOICE: "karn"}
+"""Whose controller acts in a world."""
+
+
 class Config(Section):
     """The whole configuration of a run."""
 
@@ -169,8 +174,13 @@ class Config(Section):
                 f"experience_buffer.min_experiences {buffer.min_experiences} would never be reached with "
                 f"experience_buffer.capacity {buffer.capacity}"
             )
+        own = CONTROLLERS.get(self.environment.id)
+        if own is not None and self.controller != own:
+            raise ValueError(
+                f"simic_trainer.controller {self.controller!r} does not act in {self.environment.id}; that is {own!r}"
+            )
         self._successes_can_be()
-        self.stage_environments()
+        self._behaviour_can_be_learned_from()
         lanes = self.environment.environments_per_actor
         if self.supervisor.lockstep:
             self._rounds_fit(self.supervisor.num_actors * lanes)
@@ -192,6 +202,12 @@ class Config(Section):
             )
         return self
 
+    @property
+    def controller(self) -> str:
+        """Whose controller is trained: the name under which its policies are known."""
+        named = self.simic_trainer.controller
+        return CONTROLLERS.get(self.environment.id, self.environment.id) if named == "auto" else named
+
     def stage_environments(self) -> tuple[EnvironmentConfig, ...]:
         """The environment of each stage of the curriculum; the configured one alone where there is none to follow."""
         return stage_environments(self.simic_trainer, self.environment)
@@ -208,6 +224,21 @@ class Config(Section):
                     f"stage {stage.name!r} is passed by {rule!r}, and episodes of {self.environment.id} have no "
                     f"accuracy; use 'return >= x'"
                 )
+
+    def _behaviour_can_be_learned_from(self) -> None:
+        """Who acts must suit the algorithm, and be the policy itself where its successes lead on."""
+        behaviour, algorithm = self.environment.behaviour, self.simic_trainer.algorithm
+        if behaviour != POLICY and algorithm in ON_POLICY:
+            raise ValueError(
+                f"simic_trainer.algorithm {algorithm} learns from what its own policy just did, and "
+                f"environment.behaviour is {behaviour!r}; take BC or IQL, or IMPALA or APPO, which correct for it"
+            )
+        acting = {stage.behaviour for stage in self.stage_environments()} | {behaviour}
+        if self.simic_trainer.follows_curriculum and acting != {POLICY}:
+            raise ValueError(
+                f"a curriculum is passed by what the learned policy achieves, and environment.behaviour is "
+                f"{', '.join(sorted(acting - {POLICY}))}; set simic_trainer.curriculum_enabled: false"
+            )
 
     def _rounds_fit(self, per_round: int) -> None:
         """In lockstep a round brings its experiences whether or not those of the round before were consumed."""

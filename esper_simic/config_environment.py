@@ -9,7 +9,7 @@ from typing import Any, Final, Literal, get_args
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from esper_simic.actions import BLUEPRINTS
-from esper_simic.config_gym import WorldKeys
+from esper_simic.config_behaviour import BehaviourKeys
 from esper_simic.config_rewards import RewardConfig
 from esper_simic.config_section import Section, distinct_known
 
@@ -107,7 +107,7 @@ class GovernorConfig(Section):
         return self
 
 
-class EnvironmentConfig(WorldKeys):
+class EnvironmentConfig(BehaviourKeys):
     """`environment`: the task, the host that grows on it, and the rules of growth."""
 
     task: str = Field(

@@ -7,6 +7,7 @@ stand in one section; one that the chosen world would not obey is refused, as is
 from __future__ import annotations
 
 import re
+from math import isfinite
 from typing import Any, Final, Literal, Self
 
 import gymnasium
@@ -17,7 +18,10 @@ from esper_simic.config_section import Section
 GROWING_HOST: Final = "esper_simic/GrowingHost-v0"
 """Gymnasium id of the growing host."""
 
-SHARED_KEYS: Final = frozenset({"id", "environments_per_actor", "stagger"})
+BLUEPRINT_CHOICE: Final = "esper_simic/BlueprintChoice-v0"
+"""Gymnasium id of the choice of a blueprint for a described host."""
+
+SHARED_KEYS: Final = frozenset({"id", "environments_per_actor", "stagger", "behaviour", "records"})
 """Keys of `environment` that every world obeys."""
 
 GYMNASIUM_KEYS: Final = frozenset({"kwargs", "vectorised", "success_return"})
@@ -100,8 +104,8 @@ class WorldKeys(Section):
         for name, given in value.items():
             if not _is_plain(given):
                 raise ValueError(
-                    f"{name!r} must be made of texts, numbers, truth values, lists and mappings; it goes into the "
-                    f"run's journal"
+                    f"{name!r} must be made of texts, finite numbers, truth values, lists and mappings; it goes "
+                    f"into the run's journal"
                 )
         return value
 
@@ -127,4 +131,7 @@ def _is_plain(value: object) -> bool:
         return all(isinstance(key, str) and _is_plain(inner) for key, inner in value.items())
     if isinstance(value, list):
         return all(_is_plain(inner) for inner in value)
-    return value is None or isinstance(value, str | int | float | bool)
+    # The journal's JSON has no word for NaN and infinity: they would come back as nothing.
+    return (
+        value is None or isinstance(value, str | int | bool) or (isinstance(value, float) and isfinite(value))
+    )

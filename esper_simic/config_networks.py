@@ -12,6 +12,12 @@ from esper_simic.config_section import Section
 class NetworkKeys(Section):
     """The keys of `simic_trainer` that shape networks."""
 
+    initial_policy: str | None = Field(
+        None,
+        description="Weights to begin with: the directory of a run, whose newest good checkpoint is taken, or a "
+        ".safetensors file. The policy with its normaliser, nothing of optimisers. Unset: fresh weights.",
+    )
+
     network: Literal["auto", "graph", "mlp", "lstm"] = Field(
         "auto",
         description="graph: message passing and an LSTM, for graph observations; mlp: no memory; lstm: an MLP before "

@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from esper_simic.config_algorithms import IqlKeys, PpoKeys, VtraceKeys
 from esper_simic.config_curriculum import CurriculumKeys
+from esper_simic.config_execution import ExecutionKeys
 from esper_simic.config_memory import EwcKeys, LoraKeys
 from esper_simic.config_networks import NetworkKeys
 from esper_simic.config_rates import RateKeys
@@ -18,6 +19,9 @@ SEED_MAX: Final = 2**63 - 1
 BATCH_SIZE_MIN: Final = 8
 BATCH_SIZE_MAX: Final = 256
 
+ControllerName = Literal["auto", "tamiyo", "karn"]
+"""Whose controller: Tamiyo grows hosts, Karn chooses what is to be grown into them."""
+
 Algorithm = Literal["IMPALA", "PPO", "APPO", "IQL", "BC"]
 
 ON_POLICY: Final[frozenset[Algorithm]] = frozenset({"PPO"})
@@ -25,7 +29,16 @@ ON_POLICY: Final[frozenset[Algorithm]] = frozenset({"PPO"})
 
 
 class TrainerConfig(
-    RateKeys, VtraceKeys, PpoKeys, IqlKeys, NetworkKeys, EwcKeys, LoraKeys, CurriculumKeys, SafetyKeys
+    RateKeys,
+    VtraceKeys,
+    PpoKeys,
+    IqlKeys,
+    NetworkKeys,
+    EwcKeys,
+    LoraKeys,
+    CurriculumKeys,
+    SafetyKeys,
+    ExecutionKeys,
 ):
     """`simic_trainer`: the algorithm and its numbers."""
 
@@ -34,6 +47,11 @@ class TrainerConfig(
         description="IMPALA: V-trace, off-policy, with replay. PPO: clipped surrogate with GAE, on-policy. APPO: "
         "clipped surrogate with V-trace. IQL: implicit Q-learning, for recorded experience. BC: imitation of recorded "
         "decisions.",
+    )
+    controller: ControllerName = Field(
+        "auto",
+        description="Whose controller is trained; its policies are known by that name. auto: by the world, tamiyo for "
+        "growing hosts, karn where blueprints are chosen, else the environment's id.",
     )
     batch_size: int = Field(
         32,

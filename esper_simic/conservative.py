@@ -12,6 +12,7 @@ threshold does not switch the mode to and fro.
 | `circuit_breaker_open` | a breaker is OPEN | all are CLOSED |
 | `slo_violation` | an objective that smaller steps serve is violated and not met now | there is none |
 | `training_instability` | loss or gradient norm too large, see below | both below the factor times that |
+| | a learning rate that somebody else had written | there is none |
 
 What the mode does is nowhere stored: `effects(keys, active)` is a function of the configuration and of whether the mode
 is on, so that two entries cannot halve a batch twice, and leaving undoes everything exactly.
@@ -68,6 +69,7 @@ class Signals(msgspec.Struct, frozen=True, kw_only=True):
         slo_violated: Whether an objective that smaller steps serve is violated and not met now.
         loss_ratio: Averaged loss over the larger of `max_validation_loss` and the usual loss.
         grad_norm: Before clipping.
+        rates_tampered: Whether somebody else had written a learning rate.
     """
 
     error_rate: float = 0.0
@@ -78,6 +80,7 @@ class Signals(msgspec.Struct, frozen=True, kw_only=True):
     slo_violated: bool = False
     loss_ratio: float = 0.0
     grad_norm: float = 0.0
+    rates_tampered: bool = False
 
 
 class Conservative(msgspec.Struct, frozen=True, kw_only=True):
@@ -122,7 +125,8 @@ def _states(keys: ConservativeKeys, signals: Signals, factor: float) -> dict[str
         "memory_pressure": signals.out_of_memory
         or signals.memory_fraction > keys.memory_pressure_fraction * factor,
         "slo_violation": signals.slo_violated,
-        "training_instability": signals.loss_ratio > LOSS_RATIO_MAX * factor
+        "training_instability": signals.rates_tampered
+        or signals.loss_ratio > LOSS_RATIO_MAX * factor
         or signals.grad_norm > keys.unstable_grad_norm * factor,
     }
 

@@ -24,8 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from enum import Enum
-from typing import Annotated, Any, Final, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 import msgspec
 
@@ -40,7 +39,14 @@ from esper_simic.breaker import (
 )
 from esper_simic.config_curriculum import CurriculumKeys, CurriculumStage, SuccessRule, success_rule
 from esper_simic.config_section import did_you_mean
-from esper_simic.curriculum_facts import CurriculumAdvanced, CurriculumFact, CurriculumHeld
+from esper_simic.curriculum_facts import (
+    CoordinationMode,
+    CurriculumAdvanced,
+    CurriculumFact,
+    CurriculumHeld,
+    CurriculumReply,
+    CurriculumRequest,
+)
 from esper_simic.errors import InvariantViolation
 from esper_simic.safety_facts import BreakerFact
 
@@ -74,73 +80,9 @@ class Episode(Protocol):
     def is_whole(self) -> bool:
         """Whether it was played to where it ends by its world's own rules."""
 
-
-class CoordinationMode(Enum):
-    """Who sets the pace.
-
-    INDEPENDENT: this training, by its own stages; ends whatever an earlier request asked for.
-    SYNCHRONIZED: this training, but not beyond the stage named: so several of them wait for each other.
-    TASK_DRIVEN: this training, but the stage named is passed by the request's numbers.
-    STRATEGY_DRIVEN: the requester. The training goes on to the stage named, if it is the next one, and stays there
-        until told otherwise; success rates are not judged.
-    """
-
-    SYNCHRONIZED = "SYNCHRONIZED"
-    TASK_DRIVEN = "TASK_DRIVEN"
-    STRATEGY_DRIVEN = "STRATEGY_DRIVEN"
-    INDEPENDENT = "INDEPENDENT"
-
-
-Name = Annotated[str, msgspec.Meta(max_length=128)]
-"""What another process calls something; it is kept in the state."""
-
-
-class CurriculumRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """What a coordinator asks of one training.
-
-    Attributes:
-        request_id: A repeated one gets its first answer.
-        stage: The stage that it is about, by name.
-        difficulty: Of that stage, in [0, 1]: who asks by another curriculum is refused.
-        min_success_rate: In (0, 1]; this and the two counts replace the stage's own where TASK_DRIVEN.
-        min_episodes: >= 1.
-        max_episodes: >= min_episodes.
-        mode: Who sets the pace from now on.
-        issued_at_s: Seconds since 1970, by the requester's clock; kept, never compared.
-        correlation_id: Goes back with the answer.
-    """
-
-    request_id: Name
-    stage: Name
-    difficulty: float
-    min_success_rate: float
-    min_episodes: int
-    max_episodes: int
-    mode: CoordinationMode
-    issued_at_s: float
-    correlation_id: Name = ""
-
-
-class CurriculumReply(msgspec.Struct, frozen=True, kw_only=True):
-    """Where the training stands after a request.
-
-    Attributes:
-        request_id: Of the request.
-        correlation_id: Of the request.
-        stage: Name of the stage now.
-        episodes: Counted in its round.
-        success_rate: Now.
-        advanced: Whether the request led to the next stage.
-        refusal: Why the request was not obeyed; empty where it was.
-    """
-
-    request_id: str
-    correlation_id: str
-    stage: str
-    episodes: int
-    success_rate: float
-    advanced: bool
-    refusal: str = ""
+    @property
+    def rolled_back(self) -> bool:
+        """Whether the governor ended it, undoing what the policy had done."""
 
 
 class Criteria(msgspec.Struct, frozen=True):
@@ -203,6 +145,9 @@ class Answered(NamedTuple):
 def success_of(rule: SuccessRule, episode: Episode) -> bool | None:
     """Whether an episode counts as a success; None where it does not count.
 
+    One that the governor rolled back is a failure: the policy had driven its host into the ground. One that was cut for
+    any other reason, such as staggering, does not count.
+
     Args:
         rule: What is a success.
         episode: The outcome.
@@ -210,6 +155,8 @@ def success_of(rule: SuccessRule, episode: Episode) -> bool | None:
     Raises:
         InvariantViolation: The rule asks for an accuracy, and the world has none.
     """
+    if episode.rolled_back:
+        return False
     if not episode.is_whole:
         return None
     if rule.measure == "success":

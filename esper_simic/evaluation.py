@@ -26,15 +26,7 @@ from esper_simic.config import EnvironmentConfig
 from esper_simic.errors import InvariantViolation
 from esper_simic.graphs import FlatGrowthSpec
 from esper_simic.growing_host.alpha import Composition
-from esper_simic.growing_host.controllers import (
-    Controller,
-    Farm,
-    FixedSchedule,
-    HeuristicController,
-    NeverGrow,
-    PatientController,
-    RandomController,
-)
+from esper_simic.growing_host.controllers import CONTROLLERS, Controller
 from esper_simic.growing_host.fixed_networks import Contents, final_contents, train_fixed_networks
 from esper_simic.growing_host.grafts import NO_SEED
 from esper_simic.growing_host.vector import GrowingHostVectorEnv
@@ -162,17 +154,7 @@ class _Learned:
 
 def baseline_names() -> tuple[str, ...]:
     """Names of the scripted controllers, in the order in which they are shown."""
-    return tuple(_BASELINES)
-
-
-_BASELINES: Final[dict[str, Callable[[int], Controller]]] = {
-    "heuristic": HeuristicController,
-    "patient": lambda lanes: PatientController(),
-    "fixed-schedule": lambda lanes: FixedSchedule(),
-    "farm": lambda lanes: Farm(),
-    "random": lambda lanes: RandomController(),
-    "never-grow": lambda lanes: NeverGrow(),
-}
+    return tuple(CONTROLLERS)
 
 
 def held_out_seeds(run_seed: int, episodes: int) -> list[int]:
@@ -354,6 +336,6 @@ def _acting(name: str, lanes: int, policy: Policy | None) -> _Acting:
         if policy is None:
             raise ValueError("evaluating 'learned' needs a policy")
         return _Learned(policy, lanes)
-    if name not in _BASELINES:
-        raise ValueError(f"unknown controller {name!r}; known: {', '.join((LEARNED, *_BASELINES, FIXED))}")
-    return _Scripted(_BASELINES[name](lanes))
+    if name not in CONTROLLERS:
+        raise ValueError(f"unknown controller {name!r}; known: {', '.join((LEARNED, *CONTROLLERS, FIXED))}")
+    return _Scripted(CONTROLLERS[name](lanes))

@@ -10,7 +10,9 @@ from typing import Any, Final, get_args
 
 import msgspec
 
+from esper_simic.config_behaviour import POLICY
 from esper_simic.curriculum_facts import CurriculumFact
+from esper_simic.hardware import HardwareContext
 from esper_simic.rate_facts import RateFact
 from esper_simic.safety_facts import SafetyFact
 from esper_simic.safety_step import StepInputs
@@ -42,7 +44,8 @@ class EpisodeFinished(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
     What a world does not know is None: a host has an accuracy, a pole has none. `success` is what the world calls one.
     `truncated`: it went on outside, so its last value counts. `cut`: it was not played to where it ends by the world's
     own rules, a time limit among them, so it says little about the policy (journals of before there was this have None,
-    and what was truncated there was cut).
+    and what was truncated there was cut). `rolled_back`: it was cut because the governor undid what the policy had
+    done, so it says what a failure says; one that was cut for staggering says nothing.
     """
 
     lane: int
@@ -55,6 +58,7 @@ class EpisodeFinished(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
     truncated: bool
     success: bool | None = None
     cut: bool | None = None
+    rolled_back: bool = False
 
     @property
     def is_whole(self) -> bool:
@@ -67,7 +71,9 @@ class ExperienceAdmitted(msgspec.Struct, frozen=True, kw_only=True):
 
     It counts `lanes` experiences of `length` steps. `sequence` numbers the unrolls of one incarnation of an actor;
     `policy_version` is the learner step whose weights acted; `episode_numbers` are the lanes' current episodes;
-    `stage` is the stage of the curriculum in whose environment it was made.
+    `stage` is the stage of the curriculum in whose environment it was made, `hardware` the id of the `HardwareNoted` on
+    which (journals of before there was such a thing have none). `behaviour` is who acted: the policy, or another (see
+    `environment.behaviour`), of whose doings the policy of that version made nothing.
     """
 
     actor: int
@@ -79,6 +85,26 @@ class ExperienceAdmitted(msgspec.Struct, frozen=True, kw_only=True):
     episode_numbers: list[int]
     episodes: list[EpisodeFinished]
     stage: int = 0
+    hardware: str = ""
+    behaviour: str = POLICY
+
+
+class HardwareNoted(msgspec.Struct, frozen=True, kw_only=True):
+    """An actor greeted the learner from hardware that no actor had greeted it from before."""
+
+    id: str
+    hardware: HardwareContext
+
+
+class PolicyImported(msgspec.Struct, frozen=True, kw_only=True):
+    """The policy began with weights that were made elsewhere: one frame of safetensors follows.
+
+    `source` is where they were read, `digest` the XXH3-64 of the policy's parameters with them. It stands before every
+    experience; optimisers, values of other learners and counts did not come with it.
+    """
+
+    source: str
+    digest: str
 
 
 class ExperienceRefused(msgspec.Struct, frozen=True, kw_only=True):
@@ -126,7 +152,9 @@ class StepFailed(msgspec.Struct, frozen=True, kw_only=True):
     """An update was tried and gave no new weights: something was not finite, or it did not fit into memory.
 
     What followed (`facts`, and with them the next updates' terms) is a function of the state and of this record.
-    `digest` is that of the parameters with which the training goes on.
+    `moved`: weights or optimisers had moved when it failed, so that where memory was short the last good state came
+    back (journals of before there was this say yes). `digest` is that of the parameters with which the training goes
+    on.
     """
 
     step: int
@@ -136,7 +164,19 @@ class StepFailed(msgspec.Struct, frozen=True, kw_only=True):
     reason: str
     out_of_memory: bool
     inputs: StepInputs
+    moved: bool = True
     facts: list[StepFact] = []
+
+
+class HaltLifted(msgspec.Struct, frozen=True, kw_only=True):
+    """An operator let a training that had halted itself go on: on TD(0) first, its measures taken back.
+
+    `order` is which takeover of the run by a supervisor it was that asked for it; each lifts one halt, whatever becomes
+    of the learner's lives.
+    """
+
+    order: int
+    facts: list[SafetyFact]
 
 
 class StepSkipped(msgspec.Struct, frozen=True, kw_only=True):
@@ -223,10 +263,13 @@ class AdmissionResumed(msgspec.Struct, frozen=True, kw_only=True):
 
 LearnerEvent = (
     ExperienceAdmitted
+    | HardwareNoted
+    | PolicyImported
     | ExperienceRefused
     | LearnerStepped
     | CurriculumJudged
     | StepFailed
+    | HaltLifted
     | StepSkipped
     | CheckpointStaged
     | CheckpointSaved

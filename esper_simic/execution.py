@@ -28,11 +28,10 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Generic, ParamSpec, Self, TypeVar
 
-import msgspec
 import torch
 from torch import Tensor
 from torch._functorch import config as functorch_config
@@ -41,6 +40,7 @@ from torch.utils import _pytree as pytree
 from esper_simic import execution_cuda
 from esper_simic.errors import ConfigError, InvariantViolation
 from esper_simic.execution_cuda import CudaDevice
+from esper_simic.loss_scale import LossScale
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -57,6 +57,10 @@ IN_FLIGHT_MAX: Final = 2
 
 FAILED_SHAPES_MAX: Final = 32
 """Shapes for which compiling has failed; after so many a function is not compiled any more."""
+
+
+def unheard() -> None:
+    """Nobody listens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +131,36 @@ class Execution:
             is_pinned=True,
         )
 
+    @classmethod
+    def recorded(cls, words: Mapping[str, str], gpus: tuple[CudaDevice, ...] | None = None) -> Self:
+        """The way of which a fingerprint speaks, as far as this machine has it; for who makes recorded updates again.
+
+        On a machine without that model of GPU it is the CPU, with the same Adam: its fingerprint is another one.
+
+        Args:
+            words: As `describe` gave them; others beside them are of no account, and journals of before there were
+                any mean the CPU.
+            gpus: What there is; None looks.
+        """
+        name, is_fused = words.get("device", "cpu"), words.get("adam") != "single"
+        there = execution_cuda.devices() if gpus is None else gpus
+        gpu = next((one for one in there if one.name == name), None)
+        if gpu is None and name != "cpu":
+            return cls(torch.device("cpu"), is_adam_fused=is_fused)
+        is_plain = "deterministic_kernels" in words
+        return cls(
+            device=torch.device("cpu") if gpu is None else torch.device("cuda", gpu.index),
+            device_name=name,
+            autocast_dtype=_HALVES.get(words.get("autocast", "")),
+            has_loss_scale="loss_scale" in words,
+            has_tf32="tf32" in words,
+            is_compiled=words.get("compile", "none") != "none",
+            has_cuda_graphs="cuda_graphs" in words,
+            is_adam_fused=is_fused,
+            is_pinned=gpu is not None and not is_plain,
+            is_deterministic=is_plain,
+        )
+
     @property
     def is_cuda(self) -> bool:
         """Whether the device is a GPU."""
@@ -163,6 +197,10 @@ class Execution:
         if not self.is_exact:
             words["replay"] = "within a tolerance"
         return words
+
+    def __str__(self) -> str:
+        """For people: `cpu: adam fused, compile none`."""
+        return in_words(self.describe())
 
     # -- what the process is told once -----------------------------------------------------------------------------
 
@@ -213,22 +251,43 @@ class Execution:
         if self.has_cuda_graphs:
             execution_cuda.begin_step()
 
-    def compiled(self, function: Callable[P, R], name: str, told: Callable[[str], None]) -> Compiled[P, R]:
+    def compiled(
+        self,
+        function: Callable[P, R],
+        name: str,
+        told: Callable[[str], None],
+        beginning: Callable[[], None] = unheard,
+    ) -> Compiled[P, R]:
         """A function as this way runs it: compiled, with a way back; or as it is.
 
         Args:
             function: Pure, of tensors: it may be run twice for one call.
             name: What it is, for people; it says nothing of being compiled, since it may not be.
             told: Told once why it is run as it is for some shape, where it should have been compiled.
+            beginning: Told before a shape that may have to be compiled, which can take minutes.
         """
         mode = "reduce-overhead" if self.has_cuda_graphs else None
         fast = torch.compile(function, dynamic=True, mode=mode) if self.is_compiled else None
-        return Compiled(function, fast, name, told)
+        return Compiled(function, fast, name, told, beginning)
 
     def memory_fraction(self) -> float | None:
         """Share of the device's memory that is taken, by anybody; None on the CPU, whose memory is the process's."""
         return execution_cuda.memory_fraction(self.device) if self.is_cuda else None
 
+
+_WORDS: Final = (
+    *("adam", "compile", "autocast", "tf32", "loss_scale"),
+    *("cuda_graphs", "deterministic_kernels", "cuda", "replay"),
+)
+
+
+def in_words(described: Mapping[str, str]) -> str:
+    """What `describe` gave, or a fingerprint has of it, in one line: `cpu: adam fused, compile none`."""
+    words = [f"{key.replace('_', ' ')} {described[key]}" for key in _WORDS if key in described]
+    return f"{described.get('device', 'cpu')}: {', '.join(words)}"
+
+
+_HALVES: Final = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 CPU: Final = Execution(torch.device("cpu"))
 """The default on the CPU, on which old journals rest."""
@@ -252,57 +311,6 @@ def _asked_for(device: str, rank: int, gpus: tuple[CudaDevice, ...]) -> CudaDevi
                 return gpu
         raise ConfigError(f"there is no {device} here, but {len(gpus)} CUDA devices", KEY)
     raise ConfigError(f"must be auto, cpu, cuda or cuda:N, not {device!r}", KEY)
-
-
-# -- gradients in float16 ----------------------------------------------------------------------------------------------
-
-
-class LossScale(msgspec.Struct, frozen=True, kw_only=True):
-    """By what a loss is multiplied so that float16 gradients neither vanish nor overflow; dynamic, as GradScaler's.
-
-    A pure fold of whether each step's gradients were finite, made of numbers, so that it stands in checkpoints and
-    digests; torch's own `GradScaler` decides for each optimiser alone, so that one of two could step and the other
-    not, and keeps its state on the device. The rule is the same: halved after gradients that are not finite, doubled
-    after `GROWTH_INTERVAL` finite ones in a row. It never falls below 1: there a gradient that is not finite is not
-    the scale's fault (`is_exhausted`), and the failure ladder deals with it.
-
-    Use: multiply the loss by `scale`; after `backward` call `unscale`; when the global norm is finite, clip and step,
-    else leave the weights alone; `followed(is_finite)` is the next one. It belongs to one learner: two that train on
-    one device have two, so neither's overflow changes the other's steps.
-
-    Source: Micikevicius et al., Mixed Precision Training (2018), section 3.2.
-    """
-
-    scale: float = 2.0**16
-    finite_steps: int = 0
-
-    def __post_init__(self) -> None:
-        """Refuse what is none: it is a power of two in [1, 2^24], so that scaling rounds nothing."""
-        if self.scale not in _SCALES or not 0 <= self.finite_steps < GROWTH_INTERVAL:
-            raise ValueError(f"this is no loss scale: {self.scale} after {self.finite_steps} finite steps")
-
-    @property
-    def is_exhausted(self) -> bool:
-        """Whether it can fall no further."""
-        return self.scale == 1.0
-
-    def unscale(self, parameters: Iterable[Tensor]) -> None:
-        """Divide gradients by the scale, in place; exact, but for the smallest of numbers."""
-        for parameter in parameters:
-            if parameter.grad is not None:
-                parameter.grad.mul_(1.0 / self.scale)
-
-    def followed(self, is_finite: bool) -> LossScale:
-        """After a step whose gradients were finite, or were not."""
-        if not is_finite:
-            return LossScale(scale=max(1.0, self.scale / 2))
-        if self.finite_steps + 1 < GROWTH_INTERVAL:
-            return LossScale(scale=self.scale, finite_steps=self.finite_steps + 1)
-        return LossScale(scale=min(_SCALES[-1], self.scale * 2))
-
-
-GROWTH_INTERVAL: Final = 2000
-_SCALES: Final = tuple(2.0**exponent for exponent in range(25))
 
 
 # -- batches on their way ----------------------------------------------------------------------------------------------
@@ -376,13 +384,20 @@ class Compiled(Generic[P, R]):
         fast: Its compiled form; None where this way does not compile.
         name: What it is.
         told: Told once, at the first failure, a sentence for a log.
+        beginning: Told before the first call of each shape that is not run as it is.
     """
 
     def __init__(
-        self, function: Callable[P, R], fast: Callable[P, R] | None, name: str, told: Callable[[str], None]
+        self,
+        function: Callable[P, R],
+        fast: Callable[P, R] | None,
+        name: str,
+        told: Callable[[str], None],
+        beginning: Callable[[], None] = unheard,
     ) -> None:
-        self._function, self._fast, self._told = function, fast, told
+        self._function, self._fast, self._told, self._beginning = function, fast, told, beginning
         self.name = name
+        self._met: set[tuple[object, ...]] = set()
         self._failed: set[tuple[object, ...]] = set()
 
     @property
@@ -396,6 +411,9 @@ class Compiled(Generic[P, R]):
             return self._function(*args, **kwargs)
         signature = _signature(args, kwargs)
         if signature not in self._failed:
+            if signature not in self._met:
+                self._met.add(signature)
+                self._beginning()
             try:
                 with functorch_config.patch(force_non_lazy_backward_lowering=True):
                     return self._fast(*args, **kwargs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from importlib import metadata
 from typing import Final
 
@@ -38,3 +39,8 @@ def fingerprint(execution: Execution = CPU) -> dict[str, str]:
         "intra_op_threads": str(torch.get_num_threads()),
         "deterministic_algorithms": str(torch.are_deterministic_algorithms_enabled()),
     } | execution.describe()
+
+
+def promises_bits(recorded: Mapping[str, str]) -> bool:
+    """Whether who computes under this very fingerprint gets the same bits; else they agree within a tolerance."""
+    return "replay" not in recorded

@@ -3,11 +3,14 @@
 Moves that change its state, each a fact in the journal:
 
 * `admit`: an unroll arrived (`ExperienceAdmitted`); it goes into the buffer and the reward scale follows its rewards.
+* `begin_with`: before anything else, weights were brought from elsewhere (`PolicyImported`).
 * `refuse`: one was not taken (`ExperienceRefused`).
 * `step`: one update was made, or was tried in vain (`LearnerStepped`, `StepFailed`); which experiences it takes, and in
   which order, depends on the state and on the stream `(seed, "learner", rank, step)` alone.
-* `judge`: a stage of the curriculum was passed, or a round of it failed (`CurriculumJudged`).
+* `judge`: a stage of the curriculum was passed, a round of it failed, or a request about it was answered
+  (`CurriculumJudged`).
 * `fail`: the same as a step that was tried in vain, from its record: what did not fit into memory once may fit now.
+* `lift`: an operator lets a training that has halted itself go on (`HaltLifted`).
 * `skip`: an update that cannot be made was given up (`StepSkipped`); it consumes its batch.
 
 So the same journal gives the same weights, bit for bit, under the same fingerprint. Time enters as `StepInputs`, which
@@ -16,40 +19,43 @@ stand in the record of the step. `state` is all of it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final
 
 import msgspec
-import numpy as np
 import safetensors.torch
+from torch import Tensor
 
 from esper_simic import learner_figures as figures
 from esper_simic import safety as safety_rules
 from esper_simic import seeding
-from esper_simic.breaker import VtraceVerdict, judge_vtrace
 from esper_simic.config import Config, fresh_per_batch
-from esper_simic.curriculum import Curriculum, CurriculumState
-from esper_simic.curriculum_facts import CurriculumAdvanced
+from esper_simic.config_behaviour import POLICY
+from esper_simic.curriculum import CurriculumState
 from esper_simic.errors import ContractError, InvariantViolation
 from esper_simic.events import (
     CurriculumJudged,
     ExperienceAdmitted,
     ExperienceRefused,
+    HaltLifted,
     StepFact,
     StepFailed,
 )
+from esper_simic.execution import CPU, IN_FLIGHT_MAX, Execution
 from esper_simic.ladder import Response
+from esper_simic.learner_stages import Stages
 from esper_simic.learner_state import LearnerState, digest
 from esper_simic.learning_rates import UnifiedLRController
 from esper_simic.ledger import Ledger, Unconsumed
+from esper_simic.loss_scale import LossScale
 from esper_simic.policies.policy import Policy
 from esper_simic.replay import GraphExperienceBuffer, Held, ReplaySample, Serials
 from esper_simic.reward_scale import RewardScale
 from esper_simic.rungs import Rung
-from esper_simic.safety import Safety, StepInputs, StepMode, StepOutcome
+from esper_simic.safety import Safety, StepInputs, StepMode
 from esper_simic.safety_facts import GoodStateRestored
 from esper_simic.specs import ExperienceSpec
-from esper_simic.step_report import Attempt, StepReport, attempt
+from esper_simic.step_report import Attempt, StepReport, attempt, outcome_of
 from esper_simic.telemetry import Phase, StepObserver
 from esper_simic.trajectory import Trajectory
 from esper_simic.updates.batch import Batch, prepare
@@ -67,21 +73,24 @@ class Learner:
         config: The run's configuration.
         spec: Shapes of one experience.
         rank: Which learner of the run.
+        execution: How updates are carried out.
     """
 
-    def __init__(self, config: Config, spec: ExperienceSpec, rank: int = 0) -> None:
-        self._config, self._rank = config, rank
+    def __init__(
+        self, config: Config, spec: ExperienceSpec, rank: int = 0, execution: Execution = CPU
+    ) -> None:
+        self._config, self._rank, self._execution = config, rank, execution
         trainer = config.simic_trainer
-        self.engine = Engine(trainer, spec)
+        self.engine = Engine(trainer, spec, execution)
         self.buffer = GraphExperienceBuffer(
             config.experience_buffer.capacity, spec, trainer.unroll_length, self.policy.state_size
         )
         self.reward_scale = RewardScale(trainer.gamma)
         self.ledger = Ledger(config.environment.environments_per_actor)
         self.safety = Safety()
-        self._rules = Curriculum.of(trainer) if trainer.follows_curriculum else None
-        self.curriculum = CurriculumState()
+        self.stages = Stages(trainer, self._samples_to_hold)
         self.steps_done = 0
+        self._lifts = 0
         self._returns_since: list[float] = []
         if trainer.lora_enabled and trainer.lora_start_step == 0:
             self.engine.begin_adapters()
@@ -132,14 +141,16 @@ class Learner:
         self.ledger.waits(Unconsumed(position, event.actor, serials.stop))
         begins = trajectory.episode_start[0]
         self.reward_scale.update(event.actor, begins, trajectory.rewards, trajectory.ended)
-        self.policy.normaliser.update(
-            {key: tensor[:-1] for key, tensor in trajectory.observations.items()},
-        )
+        seen = {key: tensor[:-1] for key, tensor in trajectory.observations.items()}
+        self.policy.normaliser.update(self._execution.to_device(seen))
         self.ledger.admitted(event)
-        if self._rules is not None:
-            successes = self._rules.outcomes(event.stage, event.episodes)
-            self.curriculum = self._rules.counted(self.curriculum, event.stage, successes)
+        if event.behaviour == POLICY:
+            self.stages.counted(event)
         whole = [episode for episode in event.episodes if episode.is_whole]
+        if event.behaviour != POLICY:
+            # What another achieves is no result of this training: no score, no objective, no success comes of it.
+            self.ledger.others_episodes.extend(whole)
+            whole = []
         self.ledger.episodes.extend(whole)
         # Journals of before there was `cut` know no safety either, and their digests no such number.
         self._returns_since.extend(episode.episode_return for episode in whole if episode.cut is not None)
@@ -151,6 +162,11 @@ class Learner:
         """Fold an `ExperienceAdmitted` that cannot be taken: it counts as made and answered, its contents are gone."""
         self.ledger.admitted(event)
 
+    def begin_with(self, weights: bytes) -> str:
+        """Fold a `PolicyImported`, whose frame are `weights`, before anything else; the parameters' digest."""
+        self.engine.begin_with(safetensors.torch.load(weights))
+        return digest(dict(self.policy.named_parameters()))
+
     # -- curriculum ------------------------------------------------------------------------------------------------
 
     @property
@@ -158,20 +174,19 @@ class Learner:
         """Index of the stage of the curriculum in whose environment actors are to play; 0 where there is none."""
         return self.curriculum.stage
 
+    @property
+    def curriculum(self) -> CurriculumState:
+        """Where the training stands in it."""
+        return self.stages.state
+
     def verdict(self, now_s: float) -> CurriculumJudged | None:
         """What a look at the curriculum at this time would come to; None for nothing. Changes nothing: see `judge`."""
-        if self._rules is None:
-            return None
-        judged = self._rules.judged(self.curriculum, now_s)
-        if not judged.facts:
-            return None
-        advanced = any(isinstance(fact, CurriculumAdvanced) for fact in judged.facts)
-        return CurriculumJudged(
-            at_s=now_s,
-            stage=judged.state.stage,
-            facts=judged.facts,
-            consolidated=self._samples_to_hold() if advanced else 0,
-        )
+        return self.stages.verdict(now_s)
+
+    def curriculum_figures(self) -> dict[str, float]:
+        """Where the curriculum stands, for whoever watches; nothing where there is none."""
+        rules = self.stages.rules
+        return {} if rules is None else figures.of_curriculum(rules, self.curriculum)
 
     def _samples_to_hold(self) -> int:
         trainer = self._config.simic_trainer
@@ -180,8 +195,7 @@ class Learner:
 
     def judge(self, event: CurriculumJudged) -> None:
         """Fold a `CurriculumJudged`."""
-        if self._rules is not None:
-            self.curriculum = self._rules.judged(self.curriculum, event.at_s).state
+        self.stages.judge(event)
         if event.consolidated:
             rng = seeding.generator(
                 self._config.simic_trainer.seed, "fisher", self._rank, self.steps_done, event.stage
@@ -190,17 +204,24 @@ class Learner:
             self.engine.consolidate(self._few_at_a_time(serials), rng)
 
     def _few_at_a_time(self, serials: Serials) -> Iterator[Batch]:
-        """Batches of few lanes: per-sample gradients walk through the whole of one."""
-        trainer = self._config.simic_trainer
+        """Batches of few lanes: per-sample gradients walk through the whole of one. The next one is on its way."""
+        feed = self._execution.feed()
         for start in range(0, len(serials), FISHER_LANES):
-            trajectory = self.buffer.gather(serials[start : start + FISHER_LANES])
-            yield prepare(trajectory, self.policy, self.reward_scale, trainer)
+            feed.put(self.buffer.gather(serials[start : start + FISHER_LANES]).tensors())
+            if len(feed) == IN_FLIGHT_MAX:
+                yield self._prepared(feed.take())
+        while len(feed):
+            yield self._prepared(feed.take())
+
+    def _prepared(self, there: Mapping[str, Tensor]) -> Batch:
+        """A batch of a trajectory's tensors, which are on the device."""
+        trajectory = Trajectory.from_tensors(there)
+        return prepare(trajectory, self.policy, self.reward_scale, self._config.simic_trainer)
 
     @property
     def score(self) -> float | None:
         """Mean return of the recent training episodes; None before the first."""
-        episodes = self.ledger.episodes
-        return float(np.mean([episode.episode_return for episode in episodes])) if episodes else None
+        return figures.of_episodes(self.ledger.episodes).get("episodic_return")
 
     # -- steps -----------------------------------------------------------------------------------------------------
 
@@ -217,14 +238,24 @@ class Learner:
         """Whether no update is made any more: every measure against its troubles was taken in vain."""
         return self.safety.ladder.standing.rung is Rung.HALTED
 
-    def lockstep_time_s(self) -> float:
-        """A time that is a function of the state: a second an update, and the wait for a breaker at once.
+    def lifted(self, order: int) -> HaltLifted | None:
+        """What it comes to that an operator lets a halted training go on; None for nothing. `lift` folds it.
 
-        In lockstep no clock may have a part in what is computed.
+        Args:
+            order: The operator's, counted over the whole run; one that was obeyed already lifts nothing more.
         """
-        keys, now_s = self._config.simic_trainer, (self.safety.clock.reading_s or 0.0) + 1.0
-        mode = self.mode(now_s)
-        return now_s if mode.may_step or mode.is_halted else now_s + keys.training_breaker_recovery_timeout_s
+        if not self.is_halted or order <= self._lifts:
+            return None
+        return HaltLifted(order=order, facts=safety_rules.resume(self.safety)[1])
+
+    def lift(self, event: HaltLifted) -> None:
+        """Fold a `HaltLifted`."""
+        self._lifts = event.order
+        self.safety = safety_rules.resume(self.safety)[0]
+
+    def lockstep_time_s(self) -> float:
+        """The time of the next update in lockstep: a function of the state."""
+        return safety_rules.lockstep_time_s(self.safety, self._config.simic_trainer)
 
     def can_step(self, batch_size: int | None = None) -> bool:
         """Whether enough experience is there for an update, of this batch size or of the configured one."""
@@ -263,8 +294,8 @@ class Learner:
         observer.begun(step=self.steps_done + 1, batch_size=batch_size)
         sample = self.next_batch(batch_size)
         observer.passed(Phase.SAMPLING)
-        rates = self.learning_rates.state_dict()
-        tried = attempt(lambda: self._update(sample, mode, observer))
+        rates, loss_scale = self.learning_rates.state_dict(), self.engine.optimisers.loss_scale
+        tried = attempt(lambda: self._update(sample, mode, observer), lambda: self.engine.optimisers.moves)
         if tried.updated is not None:
             observer.done(
                 loss=tried.updated.loss,
@@ -275,9 +306,11 @@ class Learner:
             observer.failed(tried.failure)
         if inputs is None and tried.failure:
             raise InvariantViolation(f"step {self.steps_done + 1}: {tried.failure}")
-        if tried.failure and self.learning_rates.state_dict() != rates:
+        if tried.failure:
             # Some of its optimisers, or of its minibatches, had their step; `fail` knows of none.
-            self.learning_rates.load_state_dict(rates)
+            self.engine.optimisers.loss_scale = loss_scale
+            if self.learning_rates.state_dict() != rates:
+                self.learning_rates.load_state_dict(rates)
         return self._fold_step(sample, inputs, tried)
 
     def fail(self, event: StepFailed) -> StepReport:
@@ -288,7 +321,8 @@ class Learner:
         """
         mode = self.mode(event.inputs.at_s)
         sample = self.next_batch(mode.batch_size(self._config.simic_trainer.batch_size))
-        return self._fold_step(sample, event.inputs, Attempt(None, event.reason, event.out_of_memory))
+        tried = Attempt(None, event.reason, event.out_of_memory, event.moved)
+        return self._fold_step(sample, event.inputs, tried)
 
     def skip(self) -> tuple[int, ...]:
         """Fold a `StepSkipped`: the step is counted and its batch consumed, as far as there is one; nothing is learned.
@@ -302,8 +336,9 @@ class Learner:
 
     def _update(self, sample: ReplaySample, mode: StepMode, observer: StepObserver) -> Updated:
         trainer = self._config.simic_trainer
+        # Not a feed: which batch is the next one depends on this update and on what comes until then.
         return self.engine.update(
-            prepare(sample.trajectory, self.policy, self.reward_scale, trainer),
+            self._prepared(self._execution.to_device(sample.trajectory.tensors())),
             mode,
             entropy_coefficient=self._entropy_coefficient(),
             progress=self._progress(),
@@ -317,25 +352,26 @@ class Learner:
         facts: list[StepFact] = []
         responses: tuple[Response, ...] = ()
         if inputs is not None:
-            outcome = self._outcome(updated, out_of_memory)
-            observed = safety_rules.observe(self.safety, self._config.simic_trainer, outcome, inputs)
+            trainer = self._config.simic_trainer
+            outcome = outcome_of(tried, tuple(self._returns_since), trainer)
+            observed = safety_rules.observe(self.safety, trainer, outcome, inputs)
             self.safety, responses = observed.safety, observed.responses
             facts += observed.facts
             self._returns_since.clear()
         changed, tampered = self.engine.take_news()
         # Of an update that was not made the rates were not changed, either; what somebody else wrote, was.
         facts += tampered if updated is None else [*changed, *tampered]
-        if out_of_memory:
+        if not out_of_memory:
+            self.buffer.consume(sample.fresh)
+        elif tried.moved:
             # Where the optimiser itself ran short, some weights have moved and others not.
             responses = (Response.RESTORE, *responses)
             facts.append(GoodStateRestored(reason="out_of_memory"))
-        else:
-            self.buffer.consume(sample.fresh)
         self._respond(responses, sample)
         self.steps_done += 1
         # Rates are told as this update had them: adapters begin with others.
         metrics = {} if updated is None else self._metrics(updated, sample)
-        facts += self._adapters_begin()
+        facts += self.engine.adapters_at(self.steps_done)
         whole = self.steps_done % self._config.simic_trainer.digest_every_steps == 0
         return StepReport(
             step=self.steps_done,
@@ -346,31 +382,8 @@ class Learner:
             unrolls_consumed=self.ledger.take_consumed(self.buffer.consumed),
             failure=tried.failure,
             out_of_memory=out_of_memory,
+            moved=tried.moved,
             facts=tuple(facts),
-        )
-
-    def _adapters_begin(self) -> list[StepFact]:
-        """Begin them with the first update from `lora_start_step` on: that one itself may have been given up."""
-        trainer = self._config.simic_trainer
-        start = trainer.lora_start_step if trainer.lora_enabled else None
-        if start is None or self.steps_done < start or self.engine.adapters is not None:
-            return []
-        return [self.engine.begin_adapters()]
-
-    def _outcome(self, updated: Updated | None, out_of_memory: bool) -> StepOutcome:
-        returns = tuple(self._returns_since)
-        if updated is None:
-            return StepOutcome(finite=out_of_memory, out_of_memory=out_of_memory, returns=returns)
-        verdict = VtraceVerdict.SOUND
-        if updated.ratios is not None:
-            verdict = judge_vtrace(updated.ratios, self._config.simic_trainer)
-        return StepOutcome(
-            loss=updated.loss,
-            value_loss=updated.value_loss,
-            policy_loss=updated.policy_loss,
-            grad_norm=updated.grad_norm,
-            vtrace=verdict,
-            returns=returns,
         )
 
     def _respond(self, responses: tuple[Response, ...], sample: ReplaySample) -> None:
@@ -403,8 +416,8 @@ class Learner:
             "conservative_mode": float(self.safety.conservative.active),
             "conservative_entries": float(self.safety.conservative.entries),
         }
-        if self._rules is not None:
-            metrics |= figures.of_curriculum(self._rules, self.curriculum)
+        metrics |= self.curriculum_figures() | figures.of_convergence(self.safety)
+        metrics |= figures.of_others(self.ledger.others_episodes)
         return metrics | figures.of_episodes(self.ledger.episodes)
 
     # -- bytes -----------------------------------------------------------------------------------------------------
@@ -436,9 +449,11 @@ class Learner:
             self.reward_scale.load_state_dict(numbers["reward_scale"])
             self.ledger.load(numbers, addresses)
             self.safety = msgspec.convert(numbers.get("safety", {}), Safety)
-            if self._rules is not None:
-                self.curriculum = self._rules.restored(numbers["curriculum"])
+            self.stages.load(numbers)
+            if self._execution.has_loss_scale and "loss_scale" in numbers:
+                self.engine.optimisers.loss_scale = msgspec.convert(numbers["loss_scale"], LossScale)
             self._returns_since = list(numbers.get("returns_since", []))
+            self._lifts = numbers.get("lifts", 0)
             buffer, first_serial = numbers["buffer"], addresses["buffer"]["first_serial"]
             barred = buffer.get("barred", [])
             self.buffer.restore(first_serial, buffer["inserted"], buffer["consumed"], held, barred)
@@ -467,10 +482,13 @@ class Learner:
         }
         if self.safety.clock.reading_s is not None:
             numbers["safety"] = msgspec.json.decode(msgspec.json.encode(self.safety))
-        if self._rules is not None:
-            numbers["curriculum"] = msgspec.json.decode(msgspec.json.encode(self.curriculum))
+        numbers |= self.stages.numbers()
+        if self.engine.optimisers.loss_scale is not None:
+            numbers["loss_scale"] = msgspec.to_builtins(self.engine.optimisers.loss_scale)
         if self._returns_since:
             numbers["returns_since"] = list(self._returns_since)
+        if self._lifts:
+            numbers["lifts"] = self._lifts
         return numbers
 
     def _addresses(self) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from esper_simic import safety as safety_rules
+from esper_simic import slo
 from esper_simic.config_trainer import TrainerConfig
 from esper_simic.curriculum import Curriculum, CurriculumState
 from esper_simic.events import EpisodeFinished
@@ -42,6 +43,12 @@ def of_episodes(episodes: Iterable[EpisodeFinished]) -> dict[str, float]:
     return {name: float(np.mean(values)) for name, values in shown.items() if values}
 
 
+def of_others(episodes: Iterable[EpisodeFinished]) -> dict[str, float]:
+    """What the newest episodes came to in which not the policy acted; nothing where there are none."""
+    returns = [episode.episode_return for episode in episodes]
+    return {"behaviour_return": float(np.mean(returns))} if returns else {}
+
+
 def of_curriculum(rules: Curriculum, state: CurriculumState) -> dict[str, float]:
     """Where the curriculum stands."""
     return {
@@ -49,6 +56,15 @@ def of_curriculum(rules: Curriculum, state: CurriculumState) -> dict[str, float]
         "curriculum_difficulty": rules.difficulty(state),
         "curriculum_success_rate": rules.success_rate(state),
     }
+
+
+def of_convergence(safety: Safety) -> dict[str, float]:
+    """Hours of training after which the mean return reached its last new height; nothing before the first.
+
+    See `slo`; `convergence_time_hours` is what it is measured against. In lockstep an update counts as a second.
+    """
+    improvement = safety.improvement
+    return {} if improvement.best is None else {"convergence_hours": improvement.best_s / slo.HOUR_S}
 
 
 def of_safety(safety: Safety, keys: TrainerConfig) -> dict[str, float]:

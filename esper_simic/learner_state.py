@@ -19,7 +19,9 @@ def digest(named: dict[str, Tensor], more: bytes = b"") -> str:
     """XXH3-64, as 16 hexadecimal digits, of tensors in the order of their names, then of more bytes."""
     hasher = xxhash.xxh3_64()
     for name in sorted(named):
-        hasher.update(np.ascontiguousarray(named[name].detach().numpy()).reshape(-1).view(np.uint8).data)
+        hasher.update(
+            np.ascontiguousarray(named[name].detach().cpu().numpy()).reshape(-1).view(np.uint8).data
+        )
     hasher.update(more)
     return hasher.hexdigest()
 

@@ -7,7 +7,7 @@ Invariants:
         later joins through here; the optimiser's memory of parameters that stay is kept bit for bit.
     L3  Before each step every rate is compared with the one last written. A difference means that somebody broke L1:
         the controller writes its own rate back, makes the step with it, and tells its caller (`Tampered`), who records
-        it and becomes careful. Nothing of the other rate reaches a parameter.
+        it and becomes careful (`tampered` says so before the step). Nothing of the other rate reaches a parameter.
 
 The rate of group g in the step after n steps is
 
@@ -342,6 +342,10 @@ class UnifiedLRController:
         entry.steps_done += 1
         self.history.extend(fact for fact in (tampered, changed) if fact is not None)
         return RateStep(entry.written[0], changed, tampered)
+
+    def tampered(self) -> int:
+        """Optimisers of which somebody else has written a rate (L3); the next step of each tells more and mends it."""
+        return sum(_verify(name, entry) is not None for name, entry in self._registered.items())
 
     def rates(self) -> dict[str, float]:
         """The rate last written to each optimiser's first group, by name."""

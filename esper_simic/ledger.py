@@ -43,7 +43,11 @@ class Ledger:
         self._unrolls: dict[int, int] = {}
         self._answered: dict[int, tuple[int, int]] = {}
         self._unconsumed: deque[Unconsumed] = deque()
+        self.hardware: set[str] = set()
+        """Ids of the hardware that is noted in the journal."""
         self.episodes: deque[EpisodeFinished] = deque(maxlen=EPISODE_WINDOW)
+        self.others_episodes: deque[EpisodeFinished] = deque(maxlen=EPISODE_WINDOW)
+        """Recent ones in which another than the learned policy acted."""
 
     def admitted(self, event: ExperienceAdmitted) -> None:
         """Fold that an unroll was taken."""
@@ -102,18 +106,23 @@ class Ledger:
 
     def numbers(self) -> dict[str, Any]:
         """What decides what comes, JSON types only."""
-        return {
+        numbers: dict[str, Any] = {
             "environment_steps": self.environment_steps,
             "next_episodes": {str(actor): list(n) for actor, n in sorted(self._next_episodes.items())},
             "unrolls": {str(actor): count for actor, count in sorted(self._unrolls.items())},
             "episodes": [msgspec.to_builtins(episode) for episode in self.episodes],
         }
+        if self.others_episodes:
+            numbers["others_episodes"] = [msgspec.to_builtins(episode) for episode in self.others_episodes]
+        return numbers
 
     def addresses(self) -> dict[str, Any]:
         """Positions and identities, JSON types only."""
+        noted = {"hardware": sorted(self.hardware)} if self.hardware else {}
         return {
             "unconsumed": [list(entry) for entry in self._unconsumed],
             "answered": {str(actor): list(newest) for actor, newest in sorted(self._answered.items())},
+            **noted,
         }
 
     def load(self, numbers: Mapping[str, Any], addresses: Mapping[str, Any]) -> None:
@@ -122,5 +131,8 @@ class Ledger:
         self._next_episodes = {int(actor): list(n) for actor, n in numbers["next_episodes"].items()}
         self._unrolls = {int(actor): count for actor, count in numbers["unrolls"].items()}
         self.episodes.extend(msgspec.convert(numbers["episodes"], list[EpisodeFinished]))
+        others = numbers.get("others_episodes", [])
+        self.others_episodes.extend(msgspec.convert(others, list[EpisodeFinished]))
         self._answered = {int(a): (life, newest) for a, (life, newest) in addresses["answered"].items()}
         self._unconsumed.extend(Unconsumed(*entry) for entry in addresses["unconsumed"])
+        self.hardware = set(addresses.get("hardware", []))

@@ -68,8 +68,6 @@ __all__ = [
 FINITE_MAX: Final = 1e30
 """A loss or norm beyond this counts as infinite: its square is, in single precision."""
 
-HOUR_S: Final = 3600.0
-
 EASED: Final = tuple(name for name, objective in slo.OBJECTIVES.items() if objective.eases)
 """Objectives whose violation calls for conservative mode; it would not mend the others, or would make them worse."""
 
@@ -123,6 +121,16 @@ def plan(safety: Safety, keys: SafetyKeys, now_s: float) -> StepMode:
     )
 
 
+def lockstep_time_s(safety: Safety, keys: SafetyKeys) -> float:
+    """A time that is a function of the state: a second an update, and the wait for a breaker at once.
+
+    In lockstep no clock may have a part in what is computed.
+    """
+    now_s = (safety.clock.reading_s or 0.0) + 1.0
+    mode = plan(safety, keys, now_s)
+    return now_s if mode.may_step or mode.is_halted else now_s + keys.training_breaker_recovery_timeout_s
+
+
 def observe(
     safety: Safety,
     keys: SafetyKeys,
@@ -149,7 +157,8 @@ def observe(
         raise InvariantViolation(f"an update on {rung} with the training breaker {state}; ask plan first")
     clock = breakers.advance(safety.clock, inputs.at_s)
     trouble = _trouble(keys, outcome)
-    after, facts = _fold_breakers(safety, keys, mode, outcome, trouble, clock.elapsed_s)
+    is_tampered = inputs.rates_tampered > 0
+    after, facts = _fold_breakers(safety, keys, mode, outcome, trouble, is_tampered, clock.elapsed_s)
     after = msgspec.structs.replace(after, clock=clock)
     after, climbed = _fold_ladder(after, keys, outcome, trouble, facts)
     after = _fold_averages(after, keys, outcome, trouble, inputs)
@@ -209,12 +218,22 @@ def _loss(outcome: StepOutcome, trouble: Trouble) -> float | None:
 
 
 def _fold_breakers(
-    safety: Safety, keys: SafetyKeys, mode: StepMode, outcome: StepOutcome, trouble: Trouble, now_s: float
+    safety: Safety,
+    keys: SafetyKeys,
+    mode: StepMode,
+    outcome: StepOutcome,
+    trouble: Trouble,
+    is_tampered: bool,
+    now_s: float,
 ) -> tuple[Safety, list[SafetyFact]]:
-    """The training's breaker counts updates that were not made, V-trace's counts unsound ratios and failed probes."""
+    """Count failures of both breakers.
+
+    The training's counts updates that were not made, or were made although somebody else had written a rate; V-trace's
+    counts unsound ratios and failed probes.
+    """
     facts: list[SafetyFact] = []
     made = trouble not in ladder.FAILURES
-    training = _fold_breaker(safety.training, keys, made, now_s, facts)
+    training = _fold_breaker(safety.training, keys, made and not is_tampered, now_s, facts)
     vtrace = safety.vtrace
     was_judged = not outcome.out_of_memory and (made or outcome.vtrace is not VtraceVerdict.SOUND)
     if mode.targets == "vtrace" and (was_judged or vtrace.state is not CircuitBreakerState.CLOSED):
@@ -295,7 +314,7 @@ def _fold_objectives(
         "buffer_bytes": None if inputs.buffer_bytes is None else Sample(inputs.buffer_bytes),
         "ttl_cleanup": Sample(inputs.removed_since, inputs.expired_since),
         "breaker_open": Sample(open_s),
-        "convergence": Sample(improvement.best_s / HOUR_S) if held else None,
+        "convergence": Sample(improvement.best_s / slo.HOUR_S) if held else None,
     }
     windows = dict(safety.windows)
     objectives = slo.objectives(keys, buffer_bytes_max)
@@ -330,6 +349,7 @@ def _fold_conservative(
         loss_ratio=safety.averages.loss_ratio(keys.max_validation_loss),
         # A gradient or loss that is not finite is the worst of instabilities, and no number to compare.
         grad_norm=math.inf if trouble is Trouble.NOT_FINITE else outcome.grad_norm,
+        rates_tampered=inputs.rates_tampered > 0,
     )
     mode, changes = conservative.observe(keys, safety.conservative, signals, now_s)
     name = "conservative_entries"

@@ -26,6 +26,7 @@ class StepInputs(msgspec.Struct, frozen=True, kw_only=True):
         buffer_bytes: Bytes that the buffer holds; None where unknown.
         expired_since: Experiences that reached the end of their time since then.
         removed_since: How many of them a sweep removed in time.
+        rates_tampered: Learning rates that somebody else has written since then (L3).
     """
 
     at_s: float
@@ -38,6 +39,7 @@ class StepInputs(msgspec.Struct, frozen=True, kw_only=True):
     buffer_bytes: float | None = None
     expired_since: int = 0
     removed_since: int = 0
+    rates_tampered: int = 0
 
 
 class StepOutcome(msgspec.Struct, frozen=True, kw_only=True):

@@ -42,6 +42,7 @@ import msgspec
 from esper_simic.config_safety import ObjectiveKeys
 from esper_simic.safety_facts import SloFact, SloRestored, SloViolated
 
+HOUR_S: Final = 3600.0
 DAY_S: Final = 86_400.0
 BUCKETS: Final = 100
 SPAN_S_MAX: Final = 60.0

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -75,6 +75,10 @@ class Trajectory:
             ended=self.ended[:, lanes],
             truncation_values=self.truncation_values[:, lanes],
         )
+
+    def beginning_with(self, state: Tensor) -> Trajectory:
+        """The same with another recurrent state `[B, state]` before the first observation."""
+        return replace(self, initial_state=state)
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors by name, observations under `observations.<key>`, in the order of `frame_layout`."""

@@ -21,6 +21,7 @@ from esper_simic.errors import InvariantViolation
 from esper_simic.events import EpisodeFinished
 from esper_simic.policies.policy import Policy
 from esper_simic.trajectory import Trajectory, frame_layout
+from esper_simic.worlds.scripts import Script
 
 Array = npt.NDArray[Any]
 
@@ -107,7 +108,7 @@ def begin(
 
 
 def unroll(
-    policy: Policy, lanes: Lanes, carry: UnrollCarry, length: int
+    policy: Policy, lanes: Lanes, carry: UnrollCarry, length: int, script: Script | None = None
 ) -> tuple[Trajectory, list[EpisodeFinished]]:
     """Step every lane `length` times; `carry` is moved on in place.
 
@@ -116,6 +117,7 @@ def unroll(
         lanes: The environments, standing at `carry`.
         carry: Where the last unroll ended.
         length: T.
+        script: Acts instead of the policy, which watches then: recurrent state and last values are its own.
 
     Returns:
         The trajectory `[T, E]` and the episodes that ended in it, in order of time.
@@ -125,16 +127,20 @@ def unroll(
     finished: list[EpisodeFinished] = []
     for t in range(length):
         record.observe(t, carry)
+        uniforms = carry.chance.draw()
         decision = policy.act(
             _tensors(carry.observation, record.keys),
             torch.from_numpy(carry.episode_start),
             carry.state,
-            torch.from_numpy(carry.chance.draw()),
+            torch.from_numpy(uniforms),
         )
-        observation, reward, terminated, truncated, infos = lanes.step(decision.actions.numpy())
+        actions, log_probs = decision.actions.numpy(), decision.log_probs.numpy()
+        if script is not None:
+            actions, log_probs = script.choose(carry.observation, carry.episode_start, uniforms)
+        observation, reward, terminated, truncated, infos = lanes.step(actions)
         done = np.logical_or(terminated, truncated)
-        record.actions[t] = decision.actions.numpy()
-        record.behaviour_log_probs[t] = decision.log_probs.numpy()
+        record.actions[t] = actions
+        record.behaviour_log_probs[t] = log_probs
         record.rewards[t] = reward
         record.ended[t] = done
         if truncated.any():
@@ -175,7 +181,10 @@ class _Record:
 
 
 def resimulate(
-    lanes: Lanes, carry: UnrollCarry, unrolls: Iterable[tuple[Trajectory, Tensor]]
+    lanes: Lanes,
+    carry: UnrollCarry,
+    unrolls: Iterable[tuple[Trajectory, Tensor]],
+    script: Script | None = None,
 ) -> Iterator[int]:
     """Bring lanes that were just reset to where others stood after these unrolls, without any policy.
 
@@ -186,6 +195,7 @@ def resimulate(
         lanes: The environments, standing at `carry`.
         carry: Of lanes that were just reset as the others were.
         unrolls: The trajectories in order, each with the recurrent state `[E, state]` after its last step.
+        script: What acted then, if it was no policy: it sees all of it again, for what it remembers.
 
     Yields:
         The number of each unroll that was done, from 1: progress can be told.
@@ -197,7 +207,10 @@ def resimulate(
         _check_same("initial_state", carry.state.numpy(), recorded.initial_state, number, 0)
         for t in range(recorded.length):
             _check_carry(carry, recorded, number, t)
-            carry.chance.draw()
+            uniforms = carry.chance.draw()
+            if script is not None:
+                again = script.choose(carry.observation, carry.episode_start, uniforms)
+                _check_same("actions", again.actions, recorded.actions[t], number, t)
             observation, reward, terminated, truncated, infos = lanes.step(recorded.actions[t].numpy())
             done = np.logical_or(terminated, truncated)
             _check_same("rewards", np.asarray(reward, dtype=np.float32), recorded.rewards[t], number, t)
@@ -278,5 +291,6 @@ _MEASURES: Final[dict[str, type]] = {
     "fossils": int,
     "success": bool,
     "cut": bool,
+    "rolled_back": bool,
 }
 """What an episode may tell of itself beside its return and length, as far as its world knows such things."""

@@ -53,6 +53,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     files: dict[str, CheckpointFile]
     score: float | None = None
     """Mean return of the recent training episodes when it was staged; the higher the better."""
+    controller: str = ""
+    """Whose policy it holds; empty where it was not said."""
 
 
 class GoodCheckpoint(msgspec.Struct, frozen=True):

@@ -40,7 +40,8 @@ class ChildSpec(msgspec.Struct, frozen=True, kw_only=True):
     """All that a child is told at its birth.
 
     `endpoints` maps names (`control`, `experience`) to addresses; `config_text` is the whole resolved configuration as
-    YAML; `checkpoint` is the policy to evaluate.
+    YAML; `checkpoint` is the policy to evaluate; `lift` is the newest takeover of the run in which an operator asked to
+    let a halted training go on, 0 for none.
     """
 
     who: ChildId
@@ -49,6 +50,7 @@ class ChildSpec(msgspec.Struct, frozen=True, kw_only=True):
     endpoints: dict[str, str]
     config_text: str
     checkpoint: str = ""
+    lift: int = 0
 
     @property
     def identity(self) -> str:

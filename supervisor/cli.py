@@ -18,9 +18,9 @@ import typer
 from rich.console import Console
 
 from esper_simic.config import Config, SupervisorConfig, parse, to_yaml
-from esper_simic.config_gym import GROWING_HOST
+from esper_simic.config_gym import BLUEPRINT_CHOICE, GROWING_HOST
 from esper_simic.errors import ConfigError, SimicError, UnavailableError
-from supervisor import cli_history, cli_report, config_file, faults, status, view
+from supervisor import cli_curriculum, cli_history, cli_report, cli_trials, config_file, faults, status, view
 from supervisor.cli_common import (
     CONFIGURATION,
     FAILED,
@@ -79,6 +79,9 @@ networks that the learned policy grew has to grow them again."""
 EVALUATED_IN_PLAY: Final = (LEARNED, "random")
 """Policies measured at the end of a run in an environment that is no growing host."""
 
+EVALUATED_IN_CHOICE: Final = (LEARNED, "best-possible", "best-single", "random")
+"""Those where a blueprint is chosen and what each would have come to is known."""
+
 TRAINING_LIMITS: Final = frozenset(f"supervisor.{key}" for key in LIMITS)
 """Keys by which a finished run is extended, where they are named on the command line."""
 
@@ -98,7 +101,9 @@ app.add_typer(cli_history.log_app, name="log")
 app.add_typer(cli_history.checkpoint_app, name="checkpoint")
 app.command("replay")(cli_history.replay)
 app.command("report")(cli_report.report)
+app.command("curriculum")(cli_curriculum.curriculum)
 app.command("verify-recovery")(cli_history.verify_recovery)
+app.command("try-blueprints")(cli_trials.try_blueprints)
 app.add_typer(config_app, name="config")
 
 
@@ -144,6 +149,10 @@ def run(
         Path | None,
         typer.Option(help="Go on with this run under its own configuration; --set for supervisor.* only."),
     ] = None,
+    train_on: Annotated[
+        bool,
+        typer.Option("--train-on", help="Let a training go on that halted itself or met its timeout."),
+    ] = False,
     restart_behavior: Annotated[
         str,
         typer.Option(
@@ -180,6 +189,7 @@ def run(
         fingerprint={"python": platform.python_version(), "platform": sys.platform},
         versions={name: metadata.version(name) for name in VERSIONED},
         is_extended=any(assignment.partition("=")[0].strip() in TRAINING_LIMITS for assignment in given),
+        trains_on=train_on,
     )
     console = view.SteadyConsole()
     display = _Display(console, directory, config.supervisor)
@@ -193,7 +203,8 @@ def run(
         from supervisor.results import show_results  # brings numpy and scipy
 
         show_results(console, outcome.evaluations, config.simic_trainer.seed, EVALUATED)
-    view.report(console, directory, outcome, again)
+    wanted_h = config.simic_trainer.convergence_time_hours
+    view.report(console, directory, outcome, again, view.convergence(display.metrics, wanted_h))
     raise typer.Exit(outcome.exit_code)
 
 
@@ -208,7 +219,8 @@ def _own_configuration(directory: Path, given: list[str]) -> tuple[str, Config]:
 
 
 def _evaluated(config: Config) -> tuple[str, ...]:
-    return EVALUATED if config.environment.id == GROWING_HOST else EVALUATED_IN_PLAY
+    by_world = {GROWING_HOST: EVALUATED, BLUEPRINT_CHOICE: EVALUATED_IN_CHOICE}
+    return by_world.get(config.environment.id, EVALUATED_IN_PLAY)
 
 
 def _make_way(directory: Path, restart_behavior: str) -> None:
@@ -238,13 +250,20 @@ class _Display:
         self._directory = directory / "tensorboard"
         self._writer: TensorBoardWriter | None = None
         self._not_before_s = 0.0
+        self.metrics: dict[str, float] = {}
+        """What the learner told last."""
         self._is_introduced = False
+        self._execution = ""
 
     def __call__(self, snapshot: Snapshot) -> None:
         if snapshot.resumes and not self._is_introduced:
             view.tell(self._console, f"going on with run {snapshot.run_id}")
         self._is_introduced = True
+        if snapshot.execution != self._execution:
+            self._execution = snapshot.execution
+            view.tell(self._console, f"the learner computes on {self._execution}")
         rate = self._rate.observe(snapshot)
+        self.metrics = snapshot.learner.metrics
         if self._config.metrics_port is not None:
             self._serve(snapshot, rate, self._config.metrics_port)
         self._view.show(snapshot, rate)

@@ -34,7 +34,18 @@ def load(preset: str, path: Path | None = None, assignments: Sequence[str] = ())
     if preset not in preset_names():
         raise ConfigError(f"unknown preset {preset!r}; shipped: {', '.join(preset_names())}")
     base = parse_mapping((PRESETS / f"{preset}{SUFFIX}").read_text("utf-8"))
-    return parse(_read(path) if path else "", base=base, assignments=assignments)
+    return _anchored(parse(_read(path) if path else "", base=base, assignments=assignments))
+
+
+def _anchored(config: Config) -> Config:
+    """The same with absolute paths: a run goes on from wherever it is told to."""
+    trainer, environment = config.simic_trainer, config.environment
+    if trainer.initial_policy is not None:
+        initial = str(Path(trainer.initial_policy).absolute())
+        trainer = trainer.model_copy(update={"initial_policy": initial})
+    records = tuple(str(Path(directory).absolute()) for directory in environment.records)
+    environment = environment.model_copy(update={"records": records})
+    return config.model_copy(update={"simic_trainer": trainer, "environment": environment})
 
 
 def _read(path: Path) -> str:

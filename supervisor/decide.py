@@ -17,6 +17,7 @@ from typing import Any, Final, assert_never
 
 from esper_simic.config import SupervisorConfig
 from esper_simic.errors import InvariantViolation
+from supervisor import coordination
 from supervisor.events import (
     AnyEffect,
     AnyEvent,
@@ -33,6 +34,7 @@ from supervisor.events import (
     ChildStarted,
     CommandReceived,
     CommandRefused,
+    CurriculumHeard,
     DumpStacks,
     EvaluationAssigned,
     EvaluationFinished,
@@ -85,7 +87,7 @@ WANTED: Final[dict[Phase, frozenset[Role]]] = {
 LIMITS: Final = ("max_seconds", "max_steps", "max_updates")
 """Keys that end a training."""
 
-COMMANDS: Final = ("stop",)
+COMMANDS: Final = ("stop", coordination.COMMAND)
 """Commands an operator may send."""
 
 
@@ -128,7 +130,7 @@ def plan(state: RunState, now_s: float, config: SupervisorConfig) -> tuple[AnyEf
                     effects.append(SendEvaluationTask(child=who, policy=child.policy))
             case _:
                 pass
-    return tuple(effects)
+    return (*effects, *coordination.owed(state))
 
 
 def _rung(who: ChildId, child: Child, now_s: float) -> AnyEffect:
@@ -165,7 +167,7 @@ def _respond(  # noqa: PLR0911 (a table)
             return _evaluation_heard(state, observed, now_s)
         case SignalReceived():
             return _stop(state, now_s, source=observed.name, command_id="")
-        case CommandReceived():
+        case CommandReceived() | CurriculumHeard():
             return _command(state, observed, now_s)
         case Tick():
             return _tick(state, observed, now_s, config)
@@ -186,14 +188,16 @@ def _begin(state: RunState, observed: RunBegun, now_s: float, config: Supervisor
         "num_actors": config.num_actors,
         "evaluation_workers": config.evaluation_workers,
         "evaluation_policies": observed.evaluation_policies,
+        "controller": observed.controller,
     }
     begun: AnyEvent
     if state.phase is Phase.EMPTY:
         begun = RunStarted(run_id=observed.run_id, **facts)
-    elif is_done(state, config, is_extended=observed.is_extended):
+    elif is_done(state, config, is_extended=observed.is_extended, trains_on=observed.trains_on):
         return ()
     else:
-        begun = RunResumed(goes_on=_goes_on(state, config), **facts)
+        goes_on = _goes_on(state, config, trains_on=observed.trains_on)
+        begun = RunResumed(goes_on=goes_on, trains_on=observed.trains_on, **facts)
     state = apply(state, begun)
     wanted: list[tuple[Role, int]]
     if state.phase is Phase.EVALUATING:
@@ -208,12 +212,12 @@ def _begin(state: RunState, observed: RunBegun, now_s: float, config: Supervisor
     )
 
 
-def _goes_on(state: RunState, config: SupervisorConfig) -> GoesOn:
+def _goes_on(state: RunState, config: SupervisorConfig, *, trains_on: bool) -> GoesOn:
     """What a run that is resumed has still to do. Its training is over only under the limits that ended it."""
     ended, checkpoint = state.training_ended, state.checkpoint
     if ended is None or ended.reason == "requested" or state.training_started_s is None:
         return "training"
-    if _are_limits_others(state, config):
+    if _are_limits_others(state, config) or (trains_on and _is_relented(state)):
         return "training"
     if checkpoint is not None and checkpoint.learner_step == 0:
         return "training"
@@ -221,9 +225,19 @@ def _goes_on(state: RunState, config: SupervisorConfig) -> GoesOn:
     return "checkpoint" if checkpoint is None or state.failure else "evaluation"
 
 
-def is_done(state: RunState, config: SupervisorConfig, *, is_extended: bool) -> bool:
-    """Whether a run is finished and stays so: nobody names other limits for it than those that ended its training."""
-    return state.phase is Phase.FINISHED and not (is_extended and _are_limits_others(state, config))
+def is_done(state: RunState, config: SupervisorConfig, *, is_extended: bool, trains_on: bool = False) -> bool:
+    """Whether a run is finished and stays so.
+
+    It does not where somebody names other limits for it than those that ended its training, or asks that it go on
+    although it met its timeout.
+    """
+    is_more_wanted = is_extended and _are_limits_others(state, config)
+    return state.phase is Phase.FINISHED and not (is_more_wanted or (trains_on and _is_relented(state)))
+
+
+def _is_relented(state: RunState) -> bool:
+    """Whether the training came to an end that an operator can lift."""
+    return state.training_ended is not None and state.training_ended.reason in ("halted", "training_timeout")
 
 
 def _are_limits_others(state: RunState, config: SupervisorConfig) -> bool:
@@ -263,6 +277,7 @@ def _said_ready(state: RunState, observed: ChildSaidReady, now_s: float) -> Even
         learner_step=observed.learner_step,
         environment_steps=observed.environment_steps,
         data_digest=observed.data_digest,
+        execution=observed.execution,
     )
     return (*started, ready)
 
@@ -336,11 +351,16 @@ def _stop(state: RunState, now_s: float, *, source: str, command_id: str) -> Eve
     return (requested,)
 
 
-def _command(state: RunState, observed: CommandReceived, now_s: float) -> Events:
+def _command(state: RunState, observed: CommandReceived | CurriculumHeard, now_s: float) -> Events:
+    """An operator's command, or the learner's answer to one."""
+    if isinstance(observed, CurriculumHeard):
+        return coordination.heard(state, observed, now_s)
     if observed.command_id in state.commands:
         return ()
     if observed.name == "stop":
         return _stop(state, now_s, source="command", command_id=observed.command_id)
+    if observed.name == coordination.COMMAND:
+        return coordination.ask(state, observed, now_s)
     reason = f"unknown command {observed.name!r}; known: {', '.join(COMMANDS)}"
     return (CommandRefused(at_s=now_s, command_id=observed.command_id, reason=reason),)
 
@@ -383,9 +403,9 @@ def _advance(state: RunState, now_s: float, config: SupervisorConfig) -> Events:
     """The next conclusions the state allows, none when it has to wait for the world."""
     if state.phase is Phase.EMPTY or state.phase in TERMINAL:
         return ()
-    failed = needs_a_person(state, now_s)
-    if failed:
-        return failed
+    concluded = needs_a_person(state, now_s) or coordination.unanswerable(state, now_s)
+    if concluded:
+        return concluded
     by_phase: dict[Phase, Callable[[RunState, float, SupervisorConfig], Events]] = {
         Phase.STARTING: _while_starting,
         Phase.TRAINING: _while_training,

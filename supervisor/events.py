@@ -15,10 +15,11 @@ Every time here is `at_s`: seconds since this supervisor started, on a monotonic
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple, get_args
 
 import msgspec
 
+from esper_simic.curriculum_facts import CurriculumReply, CurriculumRequest
 from esper_simic.errors import ContractError
 
 Role = Literal["learner", "actor", "evaluate"]
@@ -92,6 +93,7 @@ class RunConfigured(Event, frozen=True, kw_only=True):
     num_actors: int
     evaluation_workers: int
     evaluation_policies: tuple[str, ...]
+    controller: str = ""
 
 
 class RunStarted(RunConfigured, frozen=True, kw_only=True):
@@ -105,10 +107,12 @@ class RunResumed(RunConfigured, frozen=True, kw_only=True):
 
     Every `at_s` from here on is seconds since this supervisor started. The configuration is the one that holds now.
     `goes_on` says with what: a training that had come to the end its limits set is not begun again; then the last
-    checkpoint is still to be made, or the policies are still to be measured.
+    checkpoint is still to be made, or the policies are still to be measured. `trains_on`: an operator asked to let a
+    training go on that halted itself or met its timeout.
     """
 
     goes_on: GoesOn = "training"
+    trains_on: bool = False
 
 
 class ChildScheduled(ChildEvent, frozen=True, kw_only=True):
@@ -128,12 +132,13 @@ class ChildReady(ChildEvent, frozen=True, kw_only=True):
     """The child spoke: imports done, sockets open. A learner has recovered, and stands at these counts.
 
     `data_digest` is the digest of the task on whose data an actor or evaluator grows hosts; empty for a learner, and in
-    journals of before there was one.
+    journals of before there was one. `execution` says how a learner carries out its updates, for people.
     """
 
     learner_step: int = 0
     environment_steps: int = 0
     data_digest: str = ""
+    execution: str = ""
 
 
 class ChildStopRequested(ChildEvent, frozen=True, kw_only=True):
@@ -185,6 +190,18 @@ class CommandRefused(Event, frozen=True, kw_only=True):
 
     command_id: str
     reason: str
+
+
+class CurriculumRequested(Event, frozen=True, kw_only=True):
+    """An operator asked something of the curriculum by the command of the request's id; the learner owes an answer."""
+
+    request: CurriculumRequest
+
+
+class CurriculumAnswered(Event, frozen=True, kw_only=True):
+    """The learner answered; a repeat of the command gets the same."""
+
+    reply: CurriculumReply
 
 
 class CheckpointReported(Event, frozen=True, kw_only=True):
@@ -253,6 +270,8 @@ AnyEvent = (
     | TrainingEnded
     | StopRequested
     | CommandRefused
+    | CurriculumRequested
+    | CurriculumAnswered
     | CheckpointReported
     | EvaluationStarted
     | EvaluationAssigned
@@ -262,31 +281,7 @@ AnyEvent = (
     | RunFinished
 )
 
-EVENTS: Final[dict[str, type[AnyEvent]]] = {
-    kind.__name__: kind
-    for kind in (
-        RunStarted,
-        RunResumed,
-        ChildScheduled,
-        ChildStarted,
-        ChildReady,
-        ChildStopRequested,
-        ChildExited,
-        ChildAbandoned,
-        ChildGivenUp,
-        TrainingStarted,
-        TrainingEnded,
-        StopRequested,
-        CommandRefused,
-        CheckpointReported,
-        EvaluationStarted,
-        EvaluationAssigned,
-        PolicyEvaluated,
-        EvaluationFinished,
-        RunFailed,
-        RunFinished,
-    )
-}
+EVENTS: Final[dict[str, type[AnyEvent]]] = {kind.__name__: kind for kind in get_args(AnyEvent)}
 """The journal's `kind` of each event is its class name."""
 
 
@@ -320,6 +315,7 @@ class RunBegun(Input, frozen=True, kw_only=True):
     """The shell has the run directory and wants the run to begin with these facts, or to go on under them.
 
     `is_extended`: somebody named limits of the training, so a run that is finished under others goes on, too.
+    `trains_on`: somebody asked that one go on which halted itself, or met its timeout.
     """
 
     run_id: str
@@ -331,6 +327,8 @@ class RunBegun(Input, frozen=True, kw_only=True):
     started_unix_s: float
     evaluation_policies: tuple[str, ...]
     is_extended: bool = False
+    trains_on: bool = False
+    controller: str = ""
 
 
 class ChildSpawned(Input, frozen=True, kw_only=True):
@@ -348,6 +346,7 @@ class ChildSaidReady(Input, frozen=True, kw_only=True):
     learner_step: int = 0
     environment_steps: int = 0
     data_digest: str = ""
+    execution: str = ""
 
 
 class ChildGone(Input, frozen=True, kw_only=True):
@@ -402,6 +401,14 @@ class CommandReceived(Input, frozen=True, kw_only=True):
 
     command_id: str
     name: str
+    request: CurriculumRequest | None = None
+
+
+class CurriculumHeard(Input, frozen=True, kw_only=True):
+    """The learner's answer to a request about the curriculum."""
+
+    child: ChildId
+    reply: CurriculumReply
 
 
 class Tick(Input, frozen=True, kw_only=True):
@@ -420,6 +427,7 @@ AnyInput = (
     | EvaluationHeard
     | SignalReceived
     | CommandReceived
+    | CurriculumHeard
     | Tick
 )
 
@@ -457,4 +465,10 @@ class SendEvaluationTask(Effect, frozen=True, kw_only=True):
     policy: str
 
 
-AnyEffect = StartChild | AskStop | DumpStacks | KillChild | SendEvaluationTask
+class SendCurriculumRequest(Effect, frozen=True, kw_only=True):
+    """Ask the learner something of its curriculum. Settled by `CurriculumAnswered`."""
+
+    request: CurriculumRequest
+
+
+AnyEffect = StartChild | AskStop | DumpStacks | KillChild | SendEvaluationTask | SendCurriculumRequest

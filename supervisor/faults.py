@@ -8,7 +8,9 @@ which no handler sees:
 
 kills the learner at its third passage and an actor at its first. A fault fires once, whatever lives come after: it
 leaves a file in the directory before it kills. A list is armed in order for each role: the next fault counts its
-passages once the one before it has fired. `witness` notes in the same directory what was promised to the process that
+passages once the one before it has fired. One point can do something else than kill: with `:memory` behind the passage
+(`learner:learner.update.half:20:memory`) the update runs out of memory there, as on a machine too small for it, and the
+process goes on. `witness` notes in the same directory what was promised to the process that
 calls it; `simic-supervisor verify-recovery` compares the notes with what the journal holds afterwards.
 """
 
@@ -16,6 +18,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import signal
 import threading
 from collections.abc import Callable
@@ -32,6 +35,13 @@ _ACTOR: Final = frozenset({"actor"})
 _SUPERVISOR: Final = frozenset({"supervisor"})
 _WRITERS: Final = _LEARNER | _SUPERVISOR
 
+KILL: Final = "kill"
+MEMORY: Final = "memory"
+
+_ENTRY: Final = re.compile(
+    r"(?P<role>[^:]+):(?P<point>[^:]+):(?P<passage>0*[1-9][0-9]*)(?::(?P<act>memory))?"
+)
+
 
 class Place(NamedTuple):
     """Where a point stands."""
@@ -40,6 +50,8 @@ class Place(NamedTuple):
     """The roles whose processes pass it."""
     description: str
     """What was done last there, and what not yet."""
+    may_run_short: bool = False
+    """Whether memory can be made to run out there."""
 
 
 POINTS: Final[dict[str, Place]] = {
@@ -72,7 +84,19 @@ POINTS: Final[dict[str, Place]] = {
     "learner.credit.before": Place(_LEARNER, "a credit is owed and was not given"),
     "learner.credit.after": Place(_LEARNER, "a credit was given"),
     "learner.step.before": Place(_LEARNER, "an update is possible and was not begun"),
+    "learner.update.half": Place(
+        _LEARNER, "gradients of an update are there, weights have not moved", may_run_short=True
+    ),
     "learner.step.after": Place(_LEARNER, "an update was made and not appended"),
+    "learner.facts.before": Place(
+        _LEARNER, "an update changed more than weights (a fallback, adapters) and was not appended"
+    ),
+    "learner.facts.after": Place(_LEARNER, "the update that did so was appended and is not durable"),
+    "learner.judge.before": Place(_LEARNER, "the curriculum comes to a verdict that was not appended"),
+    "learner.judge.after": Place(
+        _LEARNER, "a verdict was appended and followed: the stage, and what is held of the old one"
+    ),
+    "learner.stage.before": Place(_LEARNER, "a verdict is durable and no actor was sent to its stage"),
     "learner.announce.before": Place(_LEARNER, "a version is durable and nobody was told of it"),
     "learner.announce.after": Place(_LEARNER, "a version was announced"),
     # Inside the recovery itself.
@@ -102,16 +126,18 @@ POINTS: Final[dict[str, Place]] = {
 
 
 class Fault(NamedTuple):
-    """One planned death: the role, the point, and at which passage."""
+    """One planned death, or want of memory: the role, the point, and at which passage."""
 
     role: str
     point: str
     passage: int
+    act: str = KILL
 
     @property
     def text(self) -> str:
         """As it stands in `SIMIC_FAULTS`."""
-        return f"{self.role}:{self.point}:{self.passage}"
+        behind = "" if self.act == KILL else f":{self.act}"
+        return f"{self.role}:{self.point}:{self.passage}{behind}"
 
 
 class _Armed:
@@ -136,6 +162,10 @@ class _Armed:
             except FileExistsError:  # another process of this role was faster
                 self._faults, self._passages = self._faults[1:], 0
                 return
+            if fault.act == MEMORY:
+                self._faults, self._passages = self._faults[1:], 0
+                # The words by which torch says it of a CPU.
+                raise RuntimeError(f"can't allocate memory: {FAULTS_VARIABLE} says so")
             try:
                 if last_act is not None:
                     last_act()
@@ -150,14 +180,15 @@ def parse(text: str) -> list[Fault]:
     """Read the value of `SIMIC_FAULTS`.
 
     Raises:
-        ConfigError: An entry is not `role:point:passage`, there is no such point, or that role never passes it.
+        ConfigError: An entry is not `role:point:passage`, there is no such point, that role never passes it, or memory
+            cannot run out there.
     """
     faults = []
     for entry in filter(None, text.split(";")):
-        role, _, rest = entry.partition(":")
-        name, _, passage = rest.rpartition(":")
-        if not role or not name or not passage.isdecimal() or int(passage) < 1:
+        match = _ENTRY.fullmatch(entry)
+        if match is None:
             raise ConfigError(f"{FAULTS_VARIABLE} takes role:point:passage;…, not {entry!r}")
+        role, name, act = match["role"], match["point"], match["act"] or KILL
         place = POINTS.get(name)
         if place is None:
             near = difflib.get_close_matches(name, POINTS) or sorted(POINTS)
@@ -168,7 +199,9 @@ def parse(text: str) -> list[Fault]:
             raise ConfigError(
                 f"{FAULTS_VARIABLE}: no {role!r} ever passes {name}, only {' and '.join(sorted(place.roles))}"
             )
-        faults.append(Fault(role, name, int(passage)))
+        if act == MEMORY and not place.may_run_short:
+            raise ConfigError(f"{FAULTS_VARIABLE}: memory cannot be made to run out at {name}")
+        faults.append(Fault(role, name, int(match["passage"]), act))
     return faults
 
 

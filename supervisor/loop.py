@@ -37,12 +37,14 @@ from supervisor.events import (
     ChildSaidReady,
     ChildSpawned,
     CommandReceived,
+    CurriculumHeard,
     DumpStacks,
     EvaluationHeard,
     KillChild,
     LearnerReported,
     ProgressHeard,
     RunBegun,
+    SendCurriculumRequest,
     SendEvaluationTask,
     SignalReceived,
     StartChild,
@@ -56,8 +58,10 @@ from supervisor.processes import Placement, Spawned
 from supervisor.protocol import (
     ACCEPTS,
     HALTED,
+    AskCurriculum,
     Command,
     CommandReply,
+    CurriculumSettled,
     Evaluate,
     Evaluated,
     FromChild,
@@ -94,7 +98,8 @@ class RunFacts(msgspec.Struct, frozen=True, kw_only=True):
 
     `fingerprint` and `versions` say on what its numbers depend, as far as it is known without importing the heavy
     libraries; the learner's journal completes the fingerprint. `evaluation_policies` are measured in this order.
-    `is_extended` says that limits of the training were named for this invocation, not left to preset or file.
+    `is_extended` says that limits of the training were named for this invocation, not left to preset or file,
+    `trains_on` that one which halted itself, or met its timeout, is to go on.
     """
 
     preset: str
@@ -103,6 +108,7 @@ class RunFacts(msgspec.Struct, frozen=True, kw_only=True):
     fingerprint: dict[str, str] = {}
     versions: dict[str, str] = {}
     is_extended: bool = False
+    trains_on: bool = False
 
 
 class Supervisor:
@@ -129,6 +135,7 @@ class Supervisor:
         self._state = past
         self._vitals = Vitals()
         self._carried_out: set[AnyEffect] = set()
+        self._askers: dict[str, str] = {}
         self._memory_bytes: dict[int, int] = {}
         self._due_s: dict[str, float] = {}
         self._position = -1
@@ -186,6 +193,8 @@ class Supervisor:
                 started_unix_s=self._clock.now_s(),
                 evaluation_policies=facts.evaluation_policies,
                 is_extended=facts.is_extended,
+                trains_on=facts.trains_on,
+                controller=self._config.controller,
             )
         )
         faults.point("supervisor.resume.after")
@@ -198,6 +207,7 @@ class Supervisor:
             self._hear_messages()
             expected = [who for who in self._state.children if self._is_expected(who)]
             self._take(Tick(progressed_at_s=self._vitals.progressed_at_s(self.now_s, expected)))
+            self._answer_askers()
             self._tell_observers()
         self._notifier.stopping()
         self._observe()
@@ -269,6 +279,8 @@ class Supervisor:
                 episodes = self._limits.evaluation_episodes
                 task = Evaluate(policy=effect.policy, episodes=episodes, checkpoint=self._checkpoint())
                 return self._sent(effect.child, task)
+            case SendCurriculumRequest():
+                return self._sent(effect.child, AskCurriculum(request=effect.request))
 
     def _spec(self, who: ChildId) -> ChildSpec:
         return ChildSpec(
@@ -278,6 +290,7 @@ class Supervisor:
             endpoints=self._endpoints,
             config_text=self._config_text,
             checkpoint=self._checkpoint(),
+            lift=self._state.lift,
         )
 
     def _checkpoint(self) -> str:
@@ -371,6 +384,8 @@ class Supervisor:
                     )
                 )
                 self._send(peer, Noted(of="Evaluated"))
+            case CurriculumSettled():
+                self._take(CurriculumHeard(child=who, reply=message.reply))
             case _:
                 pass
 
@@ -383,6 +398,7 @@ class Supervisor:
                 learner_step=step,
                 environment_steps=steps,
                 data_digest=message.data_digest,
+                execution=message.execution,
             )
         )
         if who.role == "learner" and who in self._state.live:
@@ -402,14 +418,28 @@ class Supervisor:
             )
 
     def _answer(self, peer: str, command: Command) -> None:
-        self._take(CommandReceived(command_id=command.command_id, name=command.name))
-        refusal = self._state.commands.get(command.command_id, "the run is over")
-        self._send(
-            peer,
-            CommandReply(
-                command_id=command.command_id, accepted=not refusal, reason=refusal, position=self._position
-            ),
-        )
+        command_id = command.command_id
+        self._take(CommandReceived(command_id=command_id, name=command.name, request=command.request))
+        self._askers[peer] = command_id
+        self._answer_askers()
+
+    def _answer_askers(self) -> None:
+        """Tell those whose commands have their answer; of the others some wait for the learner's."""
+        for peer, command_id in list(self._askers.items()):
+            if command_id in self._state.asked:
+                continue
+            del self._askers[peer]
+            refusal = self._state.commands.get(command_id, "the run is over")
+            self._send(
+                peer,
+                CommandReply(
+                    command_id=command_id,
+                    accepted=not refusal,
+                    reason=refusal,
+                    position=self._position,
+                    reply=self._state.replies.get(command_id),
+                ),
+            )
 
     # What others see
 

@@ -2,7 +2,8 @@
 
 Three conversations, each on its own socket:
 
-* **control**, child to supervisor: `Ready`, `Progress`, `Stopped`, `Evaluated`; back: `Stop`, `Evaluate`, `Noted`.
+* **control**, child to supervisor: `Ready`, `Progress`, `Stopped`, `Evaluated`, `CurriculumSettled`; back: `Stop`,
+  `Evaluate`, `Noted`, `AskCurriculum`.
   `Noted` is sent once what the child reported is synced in the supervisor's journal; a child must not leave before.
 * **operator**, command line to supervisor: `StatusRequest`, `Command`; back: `StatusReply`, `CommandReply`.
 * **experience**, actor to learner: `Hello`, `Unroll`, `PullWeights`; back: `Welcome`, `Acknowledged` (it is durable),
@@ -19,7 +20,10 @@ from typing import Any, Final, Literal
 
 import msgspec
 
+from esper_simic.config_behaviour import POLICY
+from esper_simic.curriculum_facts import CurriculumReply, CurriculumRequest
 from esper_simic.events import EpisodeFinished
+from esper_simic.hardware import HardwareContext
 from esper_simic.telemetry import HistogramCounts
 from supervisor.events import Role
 
@@ -49,6 +53,8 @@ class Ready(FromChild, frozen=True, kw_only=True):
     learner_step: int = 0
     environment_steps: int = 0
     data_digest: str = ""
+    execution: str = ""
+    """How a learner carries out its updates, for people."""
 
 
 class Progress(FromChild, frozen=True, kw_only=True):
@@ -68,10 +74,15 @@ class Progress(FromChild, frozen=True, kw_only=True):
     waiting_for: str = ""
     metrics: dict[str, float] = {}
     histograms: dict[str, HistogramCounts] = {}
+    notes: tuple[str, ...] = ()
+    """What else is worth knowing of this life, for people."""
 
 
 HALTED: Final = "halted"
 """Phase of a learner that makes no update any more."""
+
+COMPILING: Final = "compiling"
+"""Phase of a learner that may be silent for minutes from now on: a compiler tells nobody how far it is."""
 
 
 class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
@@ -99,6 +110,12 @@ class Evaluated(FromChild, frozen=True, kw_only=True):
     summary: dict[str, float]
 
 
+class CurriculumSettled(FromChild, frozen=True, kw_only=True):
+    """The learner's answer to a request about the curriculum; what it rests on is durable."""
+
+    reply: CurriculumReply
+
+
 class Stop(Message, frozen=True, kw_only=True):
     """End in order: finish the unit of work, save what is to be saved, say `Stopped`."""
 
@@ -111,6 +128,12 @@ class Evaluate(Message, frozen=True, kw_only=True):
     policy: str
     episodes: int
     checkpoint: str
+
+
+class AskCurriculum(Message, frozen=True, kw_only=True):
+    """Ask something of the learner's curriculum. A repeat of the request's id gets the first answer."""
+
+    request: CurriculumRequest
 
 
 class Noted(Message, frozen=True, kw_only=True):
@@ -133,19 +156,24 @@ class StatusReply(Message, frozen=True, kw_only=True):
 
 
 class Command(Message, frozen=True, kw_only=True):
-    """An operator's imperative. A repeat of `command_id` gets the first answer and does nothing."""
+    """An operator's imperative. A repeat of `command_id` gets the first answer and does nothing.
+
+    `request` is that of the command `curriculum`; its id is the command's.
+    """
 
     command_id: str
     name: str
+    request: CurriculumRequest | None = None
 
 
 class CommandReply(Message, frozen=True, kw_only=True):
-    """The answer, sent after it is synced; `reason` says why when refused."""
+    """The answer, sent after it is synced; `reason` says why when refused, `reply` what the learner answered."""
 
     command_id: str
     accepted: bool
     reason: str
     position: int
+    reply: CurriculumReply | None = None
 
 
 # Experience
@@ -156,13 +184,14 @@ class Hello(Message, frozen=True, kw_only=True):
 
     `unacknowledged` are the sequences sent and not answered. Said again to a learner that knows this life, it is
     answered by the same `Welcome` and moves no credits. `number` counts the greetings of this life: only the `Welcome`
-    that answers the newest one ends an actor's wait.
+    that answers the newest one ends an actor's wait. `hardware` is on what it acts.
     """
 
     actor: int
     incarnation: int
     number: int = 1
     unacknowledged: tuple[int, ...] = ()
+    hardware: HardwareContext | None = None
 
 
 class Welcome(Message, frozen=True, kw_only=True):
@@ -186,8 +215,8 @@ class Unroll(Message, frozen=True, kw_only=True):
     """`steps` steps of `lanes` lanes, made by one policy version.
 
     `sequence` counts from 1 in each incarnation, in lockstep over all of them; `episode_numbers` are the lanes' current
-    episodes, `stage` is the stage of the curriculum they were in. In lockstep the recurrent state after the last step
-    follows the frames, `[lanes, state]` float32.
+    episodes, `stage` is the stage of the curriculum they were in, `behaviour` who acted. In lockstep the recurrent
+    state after the last step follows the frames, `[lanes, state]` float32.
     """
 
     actor: int
@@ -199,6 +228,7 @@ class Unroll(Message, frozen=True, kw_only=True):
     episode_numbers: list[int]
     episodes: list[EpisodeFinished]
     stage: int = 0
+    behaviour: str = POLICY
 
 
 class Acknowledged(Message, frozen=True, kw_only=True):
@@ -242,9 +272,11 @@ KINDS: Final[dict[str, type[Message]]] = {
         Progress,
         Stopped,
         Evaluated,
+        CurriculumSettled,
         Stop,
         Evaluate,
         Noted,
+        AskCurriculum,
         StatusRequest,
         StatusReply,
         Command,
@@ -263,8 +295,8 @@ KINDS: Final[dict[str, type[Message]]] = {
 Conversation = Literal["control", "control_child", "operator", "learner", "actor"]
 
 ACCEPTS: Final[dict[Conversation, tuple[type[Message], ...]]] = {
-    "control": (Ready, Progress, Stopped, Evaluated, StatusRequest, Command),
-    "control_child": (Stop, Evaluate, Noted),
+    "control": (Ready, Progress, Stopped, Evaluated, CurriculumSettled, StatusRequest, Command),
+    "control_child": (Stop, Evaluate, Noted, AskCurriculum),
     "operator": (StatusReply, CommandReply),
     "learner": (Hello, Unroll, PullWeights),
     "actor": (Welcome, Acknowledged, Credit, Refused, Weights),

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from esper_simic.worlds.rivals import BEST_POSSIBLE
 from supervisor.events import LEARNED, PolicyEvaluated
 from supervisor.standings import FIGURES, Figure, Row, compare, known_figures
 from supervisor.view import show, tell
@@ -85,7 +86,19 @@ def verdict(rows: Sequence[Row]) -> list[str]:
                 found.setdefault(relation, []).append(figure.label)
         words = [f"{relation} in {', '.join(labels)}" for relation, labels in found.items()]
         sentences.append(f"{LEARNED} against {row.name}: {'; '.join(words)}")
-    return sentences
+    return [*sentences, *regrets(rows)]
+
+
+def regrets(rows: Sequence[Row]) -> list[str]:
+    """Where the best that is possible is known: mean return and, seed by seed, mean regret of every policy."""
+    intervals = {row.name: row.figures["return"].mean for row in rows}
+    means = {name: interval.mean for name, interval in intervals.items() if interval is not None}
+    if BEST_POSSIBLE not in means:
+        return []
+    return [
+        f"{name}: mean return {number(mean, 3, '+')}, mean regret {number(means[BEST_POSSIBLE] - mean, 3)}"
+        for name, mean in means.items()
+    ]
 
 
 def _middle(row: Row, figure: Figure) -> str:

@@ -67,7 +67,7 @@ def run(
     with contextlib.ExitStack() as stack:
         stack.enter_context(_locked(run_dir))
         past = past_of(run_dir)
-        if is_done(past, config.supervisor, is_extended=facts.is_extended):
+        if is_done(past, config.supervisor, is_extended=facts.is_extended, trains_on=facts.trains_on):
             return outcome_of(past)
         if past.started is not None:
             check_resumable(past.started.config, config)

@@ -11,6 +11,7 @@ from typing import Any, Final, assert_never
 
 import msgspec
 
+from esper_simic.curriculum_facts import CurriculumReply, CurriculumRequest
 from esper_simic.errors import InvariantViolation
 from supervisor.events import (
     AnyEvent,
@@ -25,6 +26,8 @@ from supervisor.events import (
     ChildStarted,
     ChildStopRequested,
     CommandRefused,
+    CurriculumAnswered,
+    CurriculumRequested,
     EvaluationAssigned,
     EvaluationFinished,
     EvaluationStarted,
@@ -114,8 +117,11 @@ class RunState(msgspec.Struct, frozen=True, kw_only=True):
     `incarnations` are the newest lives there ever were, `incarnations_before` those when this supervisor took over.
     `fruitless` counts the lives of a child in a row that ended before they were ready. `updates_before` and
     `steps_before` (of environments) are what the learner had done when it first became ready under this supervisor,
-    `learner_step` where it stood when it last did. `data_digest` is that of the data on which the first child of the
-    run grew hosts, `other_data` says who came later with other data.
+    `learner_step` where it stood when it last did. `lift` is the newest takeover in which an operator asked to let a
+    halted training go on. `data_digest` is that of the data on which the first child of the
+    run grew hosts, `other_data` says who came later with other data. `commands` holds the refusal of each command that
+    was answered, empty where it was obeyed; `asked` the requests about the curriculum that were not, `replies` what the
+    learner said to the others. `execution` is how the newest life of the learner carries out its updates, for people.
     """
 
     phase: Phase = Phase.EMPTY
@@ -133,15 +139,19 @@ class RunState(msgspec.Struct, frozen=True, kw_only=True):
     failure: str = ""
     failure_code: int = 1
     resumes: int = 0
+    lift: int = 0
     updates_before: int | None = None
     steps_before: int | None = None
     learner_step: int = 0
     data_digest: str = ""
     other_data: str = ""
+    execution: str = ""
     checkpoint: CheckpointReported | None = None
     evaluations: dict[str, PolicyEvaluated] = {}
     evaluated: bool = False
     commands: dict[str, str] = {}
+    asked: dict[str, CurriculumRequest] = {}
+    replies: dict[str, CurriculumReply] = {}
     finished: RunFinished | None = None
 
     def of_role(self, role: Role, *statuses: Status) -> dict[ChildId, Child]:
@@ -181,7 +191,13 @@ def apply(state: RunState, event: AnyEvent) -> RunState:  # noqa: C901, PLR0911,
         case StopRequested():
             return _stop_requested(state, event)
         case CommandRefused():
-            return msgspec.structs.replace(state, commands={**state.commands, event.command_id: event.reason})
+            return _answered(state, event.command_id, event.reason)
+        case CurriculumRequested():
+            asked = {**state.asked, event.request.request_id: event.request}
+            return msgspec.structs.replace(state, asked=asked)
+        case CurriculumAnswered(reply=reply):
+            state = msgspec.structs.replace(state, replies={**state.replies, reply.request_id: reply})
+            return _answered(state, reply.request_id, reply.refusal)
         case CheckpointReported():
             return msgspec.structs.replace(state, checkpoint=event)
         case PolicyEvaluated():
@@ -248,7 +264,7 @@ def _stands(state: RunState, ready: ChildReady) -> RunState:
         state = msgspec.structs.replace(
             state, updates_before=ready.learner_step, steps_before=ready.environment_steps
         )
-    return msgspec.structs.replace(state, learner_step=ready.learner_step)
+    return msgspec.structs.replace(state, learner_step=ready.learner_step, execution=ready.execution)
 
 
 def _grows_on(state: RunState, ready: ChildReady) -> RunState:
@@ -340,8 +356,11 @@ def _resumed(state: RunState, event: RunResumed) -> RunState:
         incarnations=state.incarnations,
         incarnations_before=state.incarnations,
         commands=state.commands,
+        asked=state.asked,
+        replies=state.replies,
         data_digest=state.data_digest,
         resumes=state.resumes + 1,
+        lift=state.resumes + 1 if event.trains_on else state.lift,
     )
     if event.goes_on == "training":
         return kept
@@ -379,6 +398,12 @@ def limit_of(configured: RunConfigured, key: str) -> Any:
     """A value of the `supervisor` section under which a supervisor ran; None where it had none."""
     section = configured.config.get("supervisor")
     return section.get(key) if isinstance(section, dict) else None
+
+
+def _answered(state: RunState, command_id: str, refusal: str) -> RunState:
+    """A command got its answer, and nobody waits for another."""
+    asked = {known: request for known, request in state.asked.items() if known != command_id}
+    return msgspec.structs.replace(state, asked=asked, commands={**state.commands, command_id: refusal})
 
 
 def _stop_requested(state: RunState, event: StopRequested) -> RunState:

@@ -19,6 +19,7 @@ from typing import Final
 
 import msgspec
 
+from esper_simic.curriculum_facts import CurriculumRequest
 from esper_simic.errors import ContractError, UnavailableError
 from esper_simic.events import (
     CheckpointSaved,
@@ -124,13 +125,19 @@ def ask(run_dir: Path, message: Message, timeout_ms: int = ANSWER_TIMEOUT_MS) ->
     return received.message if isinstance(received, Received) else None
 
 
-def command(run_dir: Path, name: str, command_id: str) -> CommandReply:
+def command(
+    run_dir: Path,
+    name: str,
+    command_id: str,
+    request: CurriculumRequest | None = None,
+    timeout_ms: int = ANSWER_TIMEOUT_MS,
+) -> CommandReply:
     """Send an operator's command and give the answer.
 
     Raises:
-        UnavailableError: No supervisor answers.
+        UnavailableError: No supervisor answers in that time.
     """
-    answer = ask(run_dir, Command(command_id=command_id, name=name))
+    answer = ask(run_dir, Command(command_id=command_id, name=name, request=request), timeout_ms)
     if not isinstance(answer, CommandReply):
         raise UnavailableError(f"no supervisor answers in {run_dir}")
     return answer

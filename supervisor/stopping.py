@@ -119,7 +119,8 @@ def _how_halted(state: RunState) -> str:
     )
     return (
         f"the training halted itself: updates failed time and again although all measures were taken; {kept}. "
-        f"simic-supervisor log cat --owner learner-0 --kind StepFailed tells what they died of; begin anew with "
+        f"simic-supervisor log cat --owner learner-0 --kind StepFailed tells what they died of. After mending, "
+        f"simic-supervisor run --resume RUN --train-on lets it go on, on TD(0) targets first; or begin anew with "
         f"gentler settings, such as a lower simic_trainer.learning_rate"
     )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shlex
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Final
 
@@ -33,8 +33,11 @@ UNBOUNDED_COLUMNS: Final = 400
 
 MIB: Final = 2**20
 
+CONVERGENCE: Final = "convergence_hours"
+
 METRICS: Final = (
     ("episodic_return", "return", "{:.2f}"),
+    ("behaviour_return", "behaviour return", "{:.2f}"),
     ("episodic_accuracy", "host accuracy %", "{:.1f}"),
     ("episodic_parameters", "parameters added", "{:.0f}"),
     ("policy_loss", "policy loss", "{:+.4f}"),
@@ -44,6 +47,7 @@ METRICS: Final = (
     ("explained_variance", "explained variance", "{:.2f}"),
     ("policy_lag", "policy lag", "{:.1f}"),
     ("grad_norm", "gradient norm", "{:.2f}"),
+    (CONVERGENCE, "last new height", "after {:.2f} h"),
 )
 """The learner's metrics that are shown: name, words, format."""
 
@@ -51,6 +55,7 @@ LINE_METRICS: Final = frozenset(name for name, _, _ in METRICS) - {
     "approx_kl",
     "explained_variance",
     "grad_norm",
+    CONVERGENCE,
 }
 """Those of them that fit a line."""
 
@@ -220,6 +225,7 @@ def picture(snapshot: Snapshot, rate: float) -> RenderableType:
 
 def _remarks(snapshot: Snapshot) -> list[Text]:
     return [
+        *([Text(f"computes    {snapshot.execution}", style="dim")] if snapshot.execution else []),
         *(Text(f"trouble     {trouble}", style="bold red") for trouble in snapshot.troubles),
         *(Text(f"note        {note}") for note in snapshot.notes),
     ]
@@ -330,6 +336,8 @@ def status_page(snapshot: Snapshot) -> RenderableType:
     if recovering(snapshot):
         parts.append(Text(f"learner     {recovering(snapshot)}"))
     parts += _remarks(snapshot)
+    if snapshot.controller:
+        parts.append(Text(f"controller  {snapshot.controller}"))
     if snapshot.to_evaluate and snapshot.state not in (Phase.STARTING, Phase.TRAINING):
         parts.append(Text(f"evaluation  {_measured(snapshot)}"))
     if snapshot.checkpoint:
@@ -339,9 +347,21 @@ def status_page(snapshot: Snapshot) -> RenderableType:
     return Group(*parts)
 
 
-def report(console: Console, directory: Path, outcome: RunOutcome, again: str) -> None:
+def convergence(metrics: Mapping[str, float], wanted_h: float) -> str:
+    """When the mean return reached its last new height, beside when it should have; empty before the first."""
+    hours = metrics.get(CONVERGENCE)
+    if hours is None:
+        return ""
+    return (
+        f"convergence: the mean return reached its last new height after {hours:.2f} h of training "
+        f"(convergence_time_hours: {wanted_h:g})"
+    )
+
+
+def report(console: Console, directory: Path, outcome: RunOutcome, again: str, convergence: str = "") -> None:
     """Print what a run came to and what to do next; `again` is the command for another run like it."""
     lines = ["", f"run {outcome.run_id} {outcome.outcome}: {outcome.reason}"]
+    lines += [convergence] if convergence else []
     if outcome.checkpoint is not None:
         checkpoint = outcome.checkpoint
         lines.append(

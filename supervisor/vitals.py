@@ -17,7 +17,7 @@ import msgspec
 from esper_simic.config import SupervisorConfig
 from esper_simic.telemetry import HistogramCounts, Totals
 from supervisor.events import ChildId, Role
-from supervisor.protocol import Progress
+from supervisor.protocol import COMPILING, Progress
 from supervisor.state import RunState
 
 SCHEMA: Final = 1
@@ -82,13 +82,19 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     max_updates: int | None = None
     troubles: list[str] = []
     notes: list[str] = []
+    execution: str = ""
+    """How the learner carries out its updates, as it said when it was ready."""
     counters: dict[str, float] = {}
     histograms: dict[str, HistogramCounts] = {}
+    controller: str = ""
     schema: int = SCHEMA
 
 
 RECOVERING: Final = "recovering"
 """The phase that a learner reports while it folds its journal; how far it has come is in metrics `recovery.…`."""
+
+COMPILING_GRACE_S: Final = 1800.0
+"""How long a learner that said it compiles may say nothing more, beyond what everybody may."""
 
 DISK: Final = "disk"
 """What a learner waits for that only a person can give."""
@@ -134,7 +140,7 @@ class Vitals:
         self._totals = self._totals.followed(report.incarnation, report.metrics, report.histograms)
         before = self._learner or LearnerView()
         metrics = _without_recovery(before.metrics) | report.metrics
-        if report.phase == RECOVERING:
+        if report.phase in (RECOVERING, COMPILING):
             self._learner = LearnerView(step=before.step, metrics=metrics)
             return
         self._learner = LearnerView(step=report.learner_step, metrics=metrics)
@@ -165,7 +171,9 @@ class Vitals:
         excused_at_s = now_s if self._is_somebody_else_late(now_s, expected) else self._anybody_at_s
         times_s = {}
         for who, at_s in self._progressed_at_s.items():
-            if not self._last[who].waiting_for:
+            if self._last[who].phase == COMPILING:
+                times_s[who] = min(now_s, self._spoke_at_s[who] + COMPILING_GRACE_S)
+            elif not self._last[who].waiting_for:
                 times_s[who] = at_s
             elif self._is_silent(who, now_s):
                 times_s[who] = max(at_s, self._spoke_at_s[who])
@@ -220,10 +228,16 @@ class Vitals:
             resumes=state.resumes,
             max_updates=config.max_updates,
             troubles=troubles(learner.metrics, is_disk_full=is_disk_full),
-            notes=notes(learner.metrics),
+            notes=[*notes(learner.metrics), *self._own_notes()],
+            execution=state.execution,
             counters=self._totals.counters(),
             histograms=self._totals.histograms(),
+            controller=started.controller if started else "",
         )
+
+    def _own_notes(self) -> list[str]:
+        """What the learner itself thinks worth knowing."""
+        return [note for who, last in self._last.items() if who.role == "learner" for note in last.notes]
 
     def _standing(self, state: RunState) -> tuple[LearnerView, int, int]:
         """Where the learner stands, in updates and in environment steps, and how many of these it had at first.

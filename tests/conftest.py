@@ -20,6 +20,9 @@ from hypothesis import HealthCheck, settings
 # Before torch is imported anywhere: results are compared bit for bit, and tests run beside each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MKL_NUM_THREADS", "1")
+# What is compared bit for bit is the CPU's. What only a GPU can show is asked for: SIMIC_TEST_GPU=1 pytest -k gpu.
+if not os.environ.get("SIMIC_TEST_GPU"):
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 # Cores are shared here, so a law has no deadline; a failure prints the blob that repeats it anywhere.
 settings.register_profile(

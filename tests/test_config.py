@@ -41,6 +41,9 @@ def test_shipped_presets_are_valid_and_survive_a_round_trip(preset: Path) -> Non
         ("simic_trainer.learning_rate=0.1", "simic_trainer.learning_rate", "less than or equal to 0.01"),
         ("simic_trainer.gamma=0.5", "simic_trainer.gamma", "greater than or equal to 0.9"),
         ("simic_trainer.gamma=1", "simic_trainer.gamma", "less than or equal to 0.999"),
+        ("simic_trainer.device=gpu", "simic_trainer.device", "auto|cpu|cuda"),
+        ("simic_trainer.device=cuda:x", "simic_trainer.device", "auto|cpu|cuda"),
+        ("simic_trainer.gradient_accumulation=0", "simic_trainer.gradient_accumulation", "greater than"),
         ("simic_trainer.rho_bar=0", "simic_trainer.rho_bar", "greater than 0"),
         ("simic_trainer.learning_rat=1e-3", "simic_trainer.learning_rat", "did you mean 'learning_rate'"),
         ("simic_traner.seed=1", "simic_traner", "did you mean 'simic_trainer'"),
@@ -133,3 +136,27 @@ def test_every_batch_has_fresh_experience(batch: int, ratio: float) -> None:
     )
     assert 1 <= fresh_per_batch(config) <= batch
     assert abs(fresh_per_batch(config) - batch * (1 - ratio)) <= 0.5
+
+
+@pytest.mark.parametrize(
+    ("identity", "controller"),
+    [
+        ("esper_simic/GrowingHost-v0", "tamiyo"),
+        ("esper_simic/BlueprintChoice-v0", "karn"),
+        ("CartPole-v1", "CartPole-v1"),
+    ],
+)
+def test_a_run_says_whose_controller_it_trains(identity, controller):
+    assert parse("", assignments=[f"environment.id={identity}"]).controller == controller
+
+
+def test_a_controller_is_not_trained_under_the_name_of_another():
+    with pytest.raises(
+        ConfigError, match="controller 'karn' does not act in esper_simic/GrowingHost-v0; that is 't"
+    ):
+        parse("simic_trainer: {controller: karn}")
+    with pytest.raises(
+        ConfigError, match="controller 'tamiyo' does not act in esper_simic/BlueprintChoice-v0"
+    ):
+        parse("{simic_trainer: {controller: tamiyo}, environment: {id: esper_simic/BlueprintChoice-v0}}")
+    assert parse("{simic_trainer: {controller: karn}, environment: {id: CartPole-v1}}").controller == "karn"

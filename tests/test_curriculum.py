@@ -16,14 +16,18 @@ from esper_simic.curriculum import (
     ANSWERS_MAX,
     WINDOW_MAX,
     Answered,
-    CoordinationMode,
     Curriculum,
-    CurriculumReply,
-    CurriculumRequest,
     CurriculumState,
     success_of,
 )
-from esper_simic.curriculum_facts import CurriculumAdvanced, CurriculumFact, CurriculumHeld
+from esper_simic.curriculum_facts import (
+    CoordinationMode,
+    CurriculumAdvanced,
+    CurriculumFact,
+    CurriculumHeld,
+    CurriculumReply,
+    CurriculumRequest,
+)
 from esper_simic.errors import InvariantViolation
 from esper_simic.safety_facts import BreakerClosed, BreakerHalfOpened, BreakerOpened
 
@@ -337,6 +341,7 @@ class Played:
     accuracy: float | None = None
     success: bool | None = None
     is_whole: bool = True
+    rolled_back: bool = False
 
 
 @pytest.mark.parametrize(
@@ -361,6 +366,12 @@ def test_an_episode_that_was_cut_does_not_count(rule: str) -> None:
     played = Played(episode_return=5.0, accuracy=90.0, success=True)
     assert success_of(success_rule(rule), played) is True
     assert success_of(success_rule(rule), replace(played, is_whole=False)) is None
+
+
+@pytest.mark.parametrize("rule", ["success", "accuracy >= 80", "return >= 1"])
+def test_an_episode_that_the_governor_rolled_back_is_a_failure(rule: str) -> None:
+    played = Played(episode_return=5.0, accuracy=90.0, success=True, is_whole=False, rolled_back=True)
+    assert success_of(success_rule(rule), played) is False
 
 
 def test_an_accuracy_that_no_world_gives_is_a_contradiction() -> None:

@@ -85,7 +85,7 @@ def test_the_same_seed_means_the_same_host_and_data_for_every_controller() -> No
 
     grown = run("never-grow")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(evaluate.__globals__["_BASELINES"], "disguised", lambda lanes: WaitingInDisguise())
+        patch.setitem(controllers.CONTROLLERS, "disguised", lambda lanes: WaitingInDisguise())
         assert run("disguised").episodes == grown.episodes
     assert len({episode.accuracy for episode in grown.episodes}) > 1, "seeds make episodes differ"
 

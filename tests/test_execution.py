@@ -22,22 +22,24 @@ from esper_simic.errors import ConfigError, InvariantViolation
 from esper_simic.execution import (
     CPU,
     FAILED_SHAPES_MAX,
-    GROWTH_INTERVAL,
     IN_FLIGHT_MAX,
     Compiled,
     Execution,
     Feed,
     HostCopier,
-    LossScale,
+    in_words,
 )
 from esper_simic.execution_cuda import CudaDevice
+from esper_simic.loss_scale import GROWTH_INTERVAL, LossScale
 
 H200 = CudaDevice(0, "NVIDIA H200", (9, 0))
 A100 = CudaDevice(1, "NVIDIA A100", (8, 0))
 V100 = CudaDevice(0, "Tesla V100", (7, 0))
 P100 = CudaDevice(0, "Tesla P100", (6, 0))
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+needs_gpu = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="NO GPU HERE, or SIMIC_TEST_GPU is not set: not tried"
+)
 
 
 # -- the choice --------------------------------------------------------------------------------------------------------
@@ -190,6 +192,45 @@ def test_adam_takes_its_arguments(plain: bool) -> None:
     assert optimizer.defaults["fused"] is not plain
 
 
+# -- the way of a fingerprint ------------------------------------------------------------------------------------------
+
+WAYS = {
+    "cpu": CPU,
+    "plain cpu": Execution.choose("cpu", plain=True),
+    "bfloat16 on the cpu": dataclasses.replace(CPU, autocast_dtype=torch.bfloat16),
+    "compiled on the cpu": dataclasses.replace(CPU, is_compiled=True),
+    "new": Execution.choose("cuda", gpus=(H200,)),
+    "plain": Execution.choose("cuda", plain=True, gpus=(H200,)),
+    "second": Execution.choose("cuda:1", gpus=(H200, A100)),
+    "older": Execution.choose("cuda", gpus=(V100,)),
+}
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def test_the_way_of_a_fingerprint_is_found_again_where_there_is_its_device(way: Execution) -> None:
+    words = {"torch": "1.0", "mkldnn": "True"} | way.describe()
+    assert Execution.recorded(words, gpus=(V100, dataclasses.replace(H200, index=2), A100)) == (
+        dataclasses.replace(way, device=torch.device("cuda", 2)) if way.device_name == H200.name else way
+    )
+
+
+def test_without_its_device_it_is_the_cpu_with_the_same_adam() -> None:
+    for plain in (False, True):
+        words = Execution.choose("cuda", plain=plain, gpus=(H200,)).describe()
+        found = Execution.recorded(words, gpus=(A100,))
+        assert found == Execution.choose("cpu", plain=plain)
+    assert Execution.recorded({}, gpus=()) == CPU == Execution.recorded(CPU.describe())
+
+
+def test_a_way_in_one_line() -> None:
+    assert str(CPU) == "cpu: adam fused, compile none"
+    assert str(WAYS["older"]).startswith(
+        "Tesla V100: adam fused, compile inductor, autocast float16, loss scale on, cuda graphs on, cuda "
+    )
+    assert str(WAYS["older"]).endswith(", replay within a tolerance")
+    assert in_words({"torch": "1.0"} | CPU.describe()) == str(CPU)
+
+
 # -- batches -----------------------------------------------------------------------------------------------------------
 
 
@@ -260,7 +301,7 @@ def torch_scales(finite: list[bool], growth_interval: int) -> list[float]:
 def test_it_follows_the_rule_of_torchs_own_scaler(finite: list[bool]) -> None:
     scale, scales = LossScale(), []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("esper_simic.execution.GROWTH_INTERVAL", 3)
+        patch.setattr("esper_simic.loss_scale.GROWTH_INTERVAL", 3)
         for is_finite in finite:
             scale = scale.followed(is_finite)
             scales.append(scale.scale)
@@ -349,6 +390,19 @@ def test_not_compiled_is_the_function_itself() -> None:
     function = CPU.compiled(squares, "squares", told.append)
     assert torch.equal(function(torch.ones(3, 2)), torch.full((2,), 3.0))
     assert (function.name, function.failures, told) == ("squares", 0, [])
+
+
+def test_who_is_waited_for_is_told_before_each_shape_that_may_have_to_be_compiled() -> None:
+    backend, began = Backend(lambda size: size == 4), []
+    fast = torch.compile(squares, backend=backend, dynamic=False)
+    function = Compiled(
+        squares, fast, "squares", lambda said: None, lambda: began.append(list(backend.asked))
+    )
+    for rows in (3, 3, 4, 4, 5):
+        function(torch.ones(rows, 2))
+    assert began == [[], [3], [3, 4]]
+    Compiled(squares, None, "squares", lambda said: None, lambda: began.append([]))(torch.ones(3, 2))
+    assert len(began) == 3, "nothing is compiled here"
 
 
 def test_a_failure_is_said_once_and_every_call_has_its_result() -> None:

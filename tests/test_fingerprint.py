@@ -12,7 +12,7 @@ import torch
 
 from esper_simic.execution import CPU, Execution
 from esper_simic.execution_cuda import CudaDevice
-from esper_simic.fingerprint import fingerprint
+from esper_simic.fingerprint import fingerprint, promises_bits
 
 
 def as_it_always_was() -> dict[str, str]:
@@ -58,6 +58,7 @@ def test_every_other_way_has_another_fingerprint() -> None:
     for way, one in zip(ways, prints, strict=True):
         assert way.describe().items() <= one.items()
         assert ("replay" in one) is not way.is_exact
+        assert promises_bits(one) is way.is_exact
 
 
 def test_where_among_equal_gpus_a_learner_runs_is_no_matter() -> None:

@@ -113,7 +113,11 @@ def test_adapters_begin_even_where_their_update_was_given_up() -> None:
 def test_with_step_0_all_of_the_training_is_the_adapters() -> None:
     learner = learner_of("simic_trainer.lora_start_step=0")
     frozen = base(learner)
-    learn(learner, range(5))
+    reports = learn(learner, range(5))
+    told = [(r.step, fact) for r in reports for fact in r.facts if isinstance(fact, AdaptersBegun)]
+    assert learner.engine.adapters is not None
+    begun = AdaptersBegun(rank=4, alpha=32.0, matrices=len(learner.engine.adapters.names))
+    assert told == [(1, begun)], "there is no update before the first"
     assert all(torch.equal(weight, frozen[name]) for name, weight in base(learner).items())
 
 

@@ -14,7 +14,12 @@ import yaml
 from esper_simic import seeding
 from esper_simic.algorithms.ewc import Consolidation, estimate_fisher
 from esper_simic.config import Config, parse
-from esper_simic.curriculum_facts import CurriculumAdvanced, CurriculumHeld
+from esper_simic.curriculum_facts import (
+    CoordinationMode,
+    CurriculumAdvanced,
+    CurriculumHeld,
+    CurriculumRequest,
+)
 from esper_simic.errors import ConfigError, ContractError
 from esper_simic.events import CurriculumJudged, EpisodeFinished
 from esper_simic.learner import FISHER_LANES, Learner
@@ -42,16 +47,19 @@ def configured(*assignments: str, stages: Sequence[dict[str, Any]] = STAGES) -> 
     )
 
 
-def episode(success: bool | None, *, cut: bool = False, number: int = 0) -> EpisodeFinished:
+def episode(
+    success: bool | None, *, cut: bool = False, rolled_back: bool = False, number: int = 0
+) -> EpisodeFinished:
     return EpisodeFinished(
         lane=0,
         number=number,
         episode_return=1.0 if success else -1.0,
         length=3,
         accuracy=50.0,
-        truncated=cut,
+        truncated=cut or rolled_back,
         success=success,
-        cut=cut,
+        cut=cut or rolled_back,
+        rolled_back=rolled_back,
     )
 
 
@@ -62,9 +70,9 @@ class Run:
         self.learner = Learner(config, SPEC)
         self.number = 0
 
-    def admits(self, *successes: bool | None, stage: int = 0, cut: bool = False) -> None:
+    def admits(self, *successes: bool | None, stage: int = 0, **ends: bool) -> None:
         """An unroll in which these episodes ended."""
-        ended = [episode(success, cut=cut, number=i) for i, success in enumerate(successes)]
+        ended = [episode(success, number=i, **ends) for i, success in enumerate(successes)]
         event = msgspec.structs.replace(make_event(self.number, episodes=ended), stage=stage)
         self.learner.admit(10 * self.number, event, make_unroll(self.number))
         self.number += 1
@@ -93,6 +101,10 @@ def test_only_whole_episodes_of_the_stage_that_is_on_count() -> None:
     run.admits(True, True, True, stage=1)
     state = run.learner.curriculum
     assert (state.episodes, state.successes, state.recent, state.strays) == (2, 1, "10", 3)
+    run.admits(True, rolled_back=True)
+    state = run.learner.curriculum
+    assert (state.episodes, state.successes, state.recent) == (3, 1, "100"), "it is the policy that failed"
+    assert len(run.learner.ledger.episodes) == 7, "the returns of what was cut say little"
     assert run.judges() is None, "four are wanted"
     assert run.learner.stage == 0
 
@@ -329,3 +341,24 @@ def test_draws_are_of_what_is_held_and_sound() -> None:
     buffer.bar([buffer.inserted - 1])
     drawn = buffer.draw(len(buffer) - 1, rng=np.random.default_rng(0))
     assert sorted(drawn.tolist()) == list(range(buffer.inserted - len(buffer), buffer.inserted - 1))
+
+
+def test_a_run_without_a_curriculum_refuses_requests_and_takes_no_verdict() -> None:
+    run = Run(configured("simic_trainer.curriculum_enabled=false"))
+    asked = CurriculumRequest(
+        request_id="r",
+        stage="easy",
+        difficulty=0.3,
+        min_success_rate=0.5,
+        min_episodes=1,
+        max_episodes=2,
+        mode=CoordinationMode.STRATEGY_DRIVEN,
+        issued_at_s=0.0,
+        correlation_id="c",
+    )
+    reply, judged = run.learner.stages.asked(asked, 0.0)
+    assert (reply.request_id, reply.correlation_id, reply.stage, judged) == ("r", "c", "", None)
+    assert "follows no curriculum" in reply.refusal
+    before = run.learner.state().digest
+    run.learner.judge(CurriculumJudged(at_s=1.0, stage=1, facts=[]))
+    assert (run.learner.stage, run.learner.state().digest) == (0, before)

@@ -122,6 +122,21 @@ def test_memory_pressure():
     assert training.mode() == StepMode()
 
 
+def test_a_rate_that_was_tampered_with():
+    training = Training()
+    training.step(times=4, rates_tampered=1)
+    assert training.facts == [ConservativeModeEntered(triggers=("training_instability",), entries=1)]
+    assert training.safety.training.failures == 4
+    training.step(rates_tampered=2)
+    assert training.facts[0] == BreakerOpened(name="training", failures=5)
+    assert not training.mode().may_step
+    assert training.safety.averages.losses == 5, "the updates were made"
+    training.step(passed_s=60.0)
+    assert BreakerClosed(name="training") in training.facts
+    training.step(times=200, passed_s=1.0)
+    assert training.mode() == StepMode()
+
+
 def test_an_exploding_gradient():
     training = Training()
     training.step(msgspec.structs.replace(GOOD, grad_norm=150.0))

@@ -74,6 +74,9 @@ class Consolidation:
             _check_like(f"fisher of {name}", fisher, self.anchors[name])
             if not bool(((fisher >= 0) & fisher.isfinite()).all()):
                 raise ValueError(f"fisher of {name} must be >= 0 and finite")
+        # By name, in whichever order they came: a file keeps none, and a sum's last bits depend on it.
+        for field in ("anchors", "fisher"):
+            object.__setattr__(self, field, dict(sorted(getattr(self, field).items())))
 
     def penalty(self, parameters: Mapping[str, Tensor]) -> Tensor:
         """`sum_i F_i (theta_i - theta*_i)^2 / 2`, without lambda: the caller applies it, once.

@@ -59,7 +59,9 @@ def affine_scan(decays: Tensor, terms: Tensor) -> Tensor:
     """
     check_unrolls(terms=terms, decays=decays)
     decays, terms = decays.detach(), terms.detach()
-    if terms.device.type != "cpu" or terms.dtype not in NUMPY_DTYPES:
+    # Compiled, looking at a result would break the graph.
+    is_looked_at = terms.device.type == "cpu" and not torch.compiler.is_compiling()
+    if not is_looked_at or terms.dtype not in NUMPY_DTYPES:
         return _doubled_cutting_ends(decays, terms)
     steps, lanes = terms.shape
     looped = steps <= LOOP_STEPS_MAX or lanes > DOUBLING_LANES_MAX

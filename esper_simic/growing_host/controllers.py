@@ -6,6 +6,7 @@ Chance comes in as uniforms `[E, 8]`, one per head.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Final, Protocol
 
 import numpy as np
@@ -20,6 +21,7 @@ from esper_simic.actions import (
     CHOICE_HEADS,
     HEADS,
     OP,
+    RELEVANT_HEADS,
     SLOT,
     TEMPO_EPOCHS,
     MaskLayout,
@@ -108,6 +110,24 @@ class RandomController:
             index = HEADS.index(head)
             actions[:, index] = sample(view.mask[:, layout.choices(head)] > 0, uniforms[:, index])
         return actions
+
+
+def random_log_probs(view: HostView, actions: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Log-probabilities `[E]` with which `RandomController` does this, over the causally relevant heads.
+
+    Args:
+        view: What it saw.
+        actions: What it did, `[E, 8]`.
+    """
+    lanes, slots = view.stage.shape
+    layout = MaskLayout(slots)
+    relevant = np.array([[head in RELEVANT_HEADS[op] for head in HEADS] for op in Op])[actions[:, OP]]
+    choices = np.ones((lanes, len(HEADS)))
+    choices[:, OP] = (view.mask[:, layout.op] > 0).sum(axis=1)
+    choices[:, SLOT] = op_slots(view)[np.arange(lanes), actions[:, OP]].sum(axis=1)
+    for head in CHOICE_HEADS:
+        choices[:, HEADS.index(head)] = (view.mask[:, layout.choices(head)] > 0).sum(axis=1)
+    return np.asarray(-np.where(relevant, np.log(choices), 0.0).sum(axis=1))
 
 
 class _Schedule:
@@ -267,6 +287,17 @@ class HeuristicController:
         kinds = view.blueprint[pruned, actions[pruned, SLOT]]
         self._penalty[pruned] += self.PENALTY * (self._rotation == kinds[:, None])
         self._epochs_since_prune[pruned] = 0
+
+
+CONTROLLERS: Final[dict[str, Callable[[int], Controller]]] = {
+    "heuristic": HeuristicController,
+    "patient": lambda lanes: PatientController(),
+    "fixed-schedule": lambda lanes: FixedSchedule(),
+    "farm": lambda lanes: Farm(),
+    "random": lambda lanes: RandomController(),
+    "never-grow": lambda lanes: NeverGrow(),
+}
+"""Controllers by name, each made for so many lanes; in the order in which they are shown."""
 
 
 def _choose(actions: NDArray[np.int64], op: Op, slots: Bools) -> None:

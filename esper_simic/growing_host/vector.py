@@ -14,6 +14,7 @@ by the governor, which ends its episode as `truncated`.
 | `episode_number` | `[E]` | number of the episode this step belongs to |
 | `final_obs`, `_final_obs` | mapping of `[E, ...]`, `[E]` | last observation of episodes that ended; valid rows |
 | `episode`, `_episode` | `r l accuracy parameters_added fossils`, `[E]` | their sums and results; valid rows |
+| | `rolled_back`, `[E]` | whether the governor ended them |
 | | `stage blueprint composition`, `[E, S]` | what was in their slots at the end |
 
 `final_obs` and `episode` are there only in steps in which an episode ends.
@@ -139,7 +140,7 @@ class GrowingHostVectorEnv(VectorEnv[Arrays, NDArray[np.int64], NDArray[np.gener
             "action_succeeded": result.succeeded,
         }
         if ended.any():
-            infos |= self._finish(ended, observed)
+            infos |= self._finish(ended, result.rolled_back, observed)
             lanes = np.flatnonzero(ended)
             self._cuts[lanes] = self.config.max_epochs
             self._begin(lanes)
@@ -209,7 +210,9 @@ class GrowingHostVectorEnv(VectorEnv[Arrays, NDArray[np.int64], NDArray[np.gener
             self._next_episodes[lane] += 1
             self._curves[lane] = [float(accuracy[lane])]
 
-    def _finish(self, ended: NDArray[np.bool_], observed: Arrays) -> dict[str, Any]:
+    def _finish(
+        self, ended: NDArray[np.bool_], rolled_back: NDArray[np.bool_], observed: Arrays
+    ) -> dict[str, Any]:
         """What is told about episodes that end in this step."""
         return {
             "final_obs": observed,
@@ -217,6 +220,7 @@ class GrowingHostVectorEnv(VectorEnv[Arrays, NDArray[np.int64], NDArray[np.gener
             "episode": {
                 "r": self._returns.copy(),
                 "l": self._hosts.epoch.copy(),
+                "rolled_back": rolled_back.copy(),
                 "accuracy": self._hosts.accuracy,
                 "parameters_added": self._hosts.parameters_added,
                 "fossils": self._hosts.fossils,

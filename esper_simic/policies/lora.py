@@ -187,6 +187,18 @@ class Adapters:
         state: dict[str, Tensor] = self._policy.state_dict()
         return self._outside(state) | {name: state[_stored(name)] for name in self._by_name}
 
+    def load_base_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Make this the base: the state of a policy without adapters. The adapters stay as they are.
+
+        Raises:
+            RuntimeError: It is the state of another policy.
+        """
+        stored = {_stored(name) if name in self._by_name else name: tensor for name, tensor in state.items()}
+        own = self.own_state_dict()
+        outside = self._outside(own)
+        kept = {n: t for n, t in own.items() if n not in outside and not n.endswith(".original")}
+        self._policy.load_state_dict(kept | stored)
+
     def detach(self) -> None:
         """Take the adapters off: the policy is its base again, bit for bit, and all of it learns."""
         self._remove(keep=False)

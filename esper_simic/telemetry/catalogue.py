@@ -241,6 +241,12 @@ _TRAINER: Final = (
         source="breaker.",
         label="breaker",
     ),
+    gauge(
+        "simic.trainer.convergence_time",
+        "convergence_hours",
+        "Training after which the mean return reached its last new height.",
+        unit="h",
+    ),
     Metric(
         name="simic.trainer.slo_budget_left",
         kind=Kind.GAUGE,
@@ -289,6 +295,12 @@ _EPISODES: Final = (
         "episodic_return",
         "Mean return of the newest training episodes.",
         tag="charts/episodic_return",
+    ),
+    gauge(
+        "simic.trainer.behaviour_return",
+        "behaviour_return",
+        "Mean return of the newest episodes in which not the policy acted, but a script or a recorded run.",
+        tag="charts/behaviour_return",
     ),
     gauge(
         "simic.trainer.episodic_length",

@@ -6,6 +6,7 @@ discount is 0, so that no algorithm knows of truncation.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -72,13 +73,23 @@ class Batch:
             for head, entropy in heads.head_entropies.items()
         }
 
-    def evaluate(self, policy: Policy) -> Evaluation:
-        """The policy's view of the batch, T + 1 rows; the actions of row T stand for none and are not to be used."""
+    def evaluate(
+        self,
+        policy: Policy,
+        evaluate: Callable[..., Evaluation] = lambda policy, *args: policy.evaluate(*args),
+    ) -> Evaluation:
+        """The policy's view of the batch, T + 1 rows; the actions of row T stand for none and are not to be used.
+
+        Args:
+            policy: Whose view.
+            evaluate: Called with it and what its method of that name takes.
+        """
         trajectory = self.trajectory
         stand_in = torch.zeros_like(trajectory.actions[:1])
         if isinstance(policy.spec, ObservationSpec):
             stand_in[..., OP] = Op.WAIT  # the one action that is always legal
-        return policy.evaluate(
+        return evaluate(
+            policy,
             trajectory.observations,
             trajectory.episode_start,
             trajectory.initial_state,

@@ -18,7 +18,9 @@ from esper_simic import seeding
 from esper_simic.algorithms.ewc import Consolidation, choose_parameters, consolidate, estimate_fisher
 from esper_simic.config import TrainerConfig
 from esper_simic.events import AdaptersBegun
+from esper_simic.execution import CPU, Execution
 from esper_simic.learning_rates import GroupConfig, LRPolicy
+from esper_simic.loss_scale import LossScale
 from esper_simic.policies.build import build_policy
 from esper_simic.policies.lora import Adapters, attach
 from esper_simic.rate_facts import RateChanged, Tampered
@@ -26,6 +28,7 @@ from esper_simic.safety_step import StepMode
 from esper_simic.specs import ExperienceSpec
 from esper_simic.telemetry import StepObserver
 from esper_simic.updates.batch import Batch
+from esper_simic.updates.computation import Computation
 from esper_simic.updates.fisher import sampled_log_probs
 from esper_simic.updates.imitation import imitation_update
 from esper_simic.updates.impala import impala_update
@@ -49,18 +52,25 @@ class Engine:
     Args:
         trainer: The configuration.
         spec: Shapes of observations and actions.
+        execution: How updates are carried out. Weights, optimisers and batches are on its device; what is given away
+            (`tensors`, `acting_weights`) is not.
     """
 
-    def __init__(self, trainer: TrainerConfig, spec: ExperienceSpec) -> None:
-        self._trainer = trainer
-        self.policy = build_policy(spec, trainer, seeding.generator(trainer.seed, "policy"))
+    def __init__(self, trainer: TrainerConfig, spec: ExperienceSpec, execution: Execution = CPU) -> None:
+        self._trainer, self._execution = trainer, execution
+        self.computation = Computation(execution, trainer.gradient_accumulation)
+        self.policy = build_policy(spec, trainer, seeding.generator(trainer.seed, "policy")).to(
+            execution.device
+        )
         self._iql = (
             IqlUpdate(spec, trainer, seeding.generator(trainer.seed, "critics"))
             if trainer.algorithm == "IQL"
             else None
         )
+        if self._iql is not None:
+            self._iql.to(execution.device)
         self._update = self._algorithm()
-        self.optimisers = Optimisers(self._groups(), {"fused": True})
+        self.optimisers = self._optimisers(execution.loss_scale())
         self.consolidation: Consolidation | None = None
         self._acting_normaliser = self._normaliser_now()
         self._good: dict[str, Tensor] | None = None
@@ -76,6 +86,9 @@ class Engine:
             "BC": imitation_update,
         }
         return algorithms[self._trainer.algorithm]
+
+    def _optimisers(self, loss_scale: LossScale | None) -> Optimisers:
+        return Optimisers(self._groups(), self._execution.optimizer_kwargs(), loss_scale)
 
     def _groups(self) -> dict[str, Group]:
         trainer = self._trainer
@@ -112,11 +125,44 @@ class Engine:
             dropout=trainer.lora_dropout,
         )
         self.adapters.freeze_base()
-        self.optimisers = Optimisers(self._groups(), {"fused": True})
+        self.optimisers = self._optimisers(self.optimisers.loss_scale)
         self.consolidation = None
         self.keep_good()
-        matrices = len(self.adapters.names)
-        return AdaptersBegun(rank=trainer.lora_rank, alpha=trainer.lora_alpha, matrices=matrices)
+        return self.adapters_begun()
+
+    def adapters_begun(self) -> AdaptersBegun:
+        """That the adapters that there are have begun."""
+        matrices = len(self.adapters.names) if self.adapters is not None else 0
+        return AdaptersBegun(rank=self._trainer.lora_rank, alpha=self._trainer.lora_alpha, matrices=matrices)
+
+    # -- weights from elsewhere ------------------------------------------------------------------------------------
+
+    def begin_with(self, weights: Mapping[str, Tensor]) -> None:
+        """Take over a policy's weights and normaliser, before the first update.
+
+        They are also what `restore_good` comes back to at first. Optimisers and critics begin as they are.
+
+        Raises:
+            RuntimeError: They are those of another policy.
+        """
+        if self.adapters is None:
+            self.policy.load_state_dict(weights)
+        else:
+            self.adapters.load_base_state_dict(weights)
+        self._acting_normaliser = self._normaliser_now()
+        self.keep_good()
+
+    def adapters_at(self, steps_done: int) -> list[AdaptersBegun]:
+        """Begin them with the first update from `lora_start_step` on: that one itself may have been given up.
+
+        Those of step 0 were there from the beginning; the first update tells.
+        """
+        start = self._trainer.lora_start_step if self._trainer.lora_enabled else None
+        if start is None or steps_done < max(start, 1):
+            return []
+        if self.adapters is None:
+            return [self.begin_adapters()]
+        return [self.adapters_begun()] if (start, steps_done) == (0, 1) else []
 
     # -- updates ---------------------------------------------------------------------------------------------------
 
@@ -136,7 +182,9 @@ class Engine:
             FloatingPointError: A loss, a gradient, or a weight after it is not finite. Weights may have moved:
                 `restore_good` takes them back.
         """
+        self._execution.begin_step()
         self.optimisers.lr_factor = mode.lr_factor
+        overflows = self.optimisers.overflows
         terms = Terms(
             trainer=self._trainer,
             policy=self.policy,
@@ -147,6 +195,7 @@ class Engine:
             rng=rng,
             penalty=self._penalty(),
             observer=observer,
+            computation=self.computation,
         )
         with self.adapters.dropping(rng) if self.adapters is not None else contextlib.nullcontext():
             updated = self._update(batch, terms)
@@ -156,15 +205,20 @@ class Engine:
         if penalty is not None:
             with torch.no_grad():
                 updated.metrics["ewc_penalty"] = float(penalty())
+        if self.optimisers.loss_scale is not None:
+            updated.metrics["loss_scale"] = self.optimisers.loss_scale.scale
+            updated.metrics["loss_scale_overflows"] = float(self.optimisers.overflows - overflows)
         return updated
 
     def _check_weights(self) -> None:
         learned = list(self.policy.named_parameters())
         if self._iql is not None:
             learned += [(f"{CRITICS}{name}", weight) for name, weight in self._iql.critics.named_parameters()]
-        spoilt = [name for name, weight in learned if not bool(weight.isfinite().all())]
-        if spoilt:
-            raise FloatingPointError(f"weights of {spoilt[0]} are not finite after the update")
+        # Read together: each reading waits for the device.
+        are_finite = torch.stack([weight.isfinite().all() for _, weight in learned]).tolist()
+        if not all(are_finite):
+            spoilt = learned[are_finite.index(False)][0]
+            raise FloatingPointError(f"weights of {spoilt} are not finite after the update")
 
     # -- old tasks -------------------------------------------------------------------------------------------------
 
@@ -220,27 +274,27 @@ class Engine:
     def acting_weights(self) -> dict[str, Tensor]:
         """The policy as it was after the last update, by name.
 
-        The normaliser goes on with every admission; a version does not, whenever it is asked for.
+        The normaliser goes on with every admission; a version does not, whenever it is asked for. Actors have CPUs.
         """
         weights = self.policy.state_dict() if self.adapters is None else self.adapters.merged_state_dict()
-        return weights | self._acting_normaliser
+        return _on_cpu(weights) | self._acting_normaliser
 
     def _normaliser_now(self) -> dict[str, Tensor]:
         return {
-            f"normaliser.{name}": tensor.clone()
+            f"normaliser.{name}": tensor.to("cpu", copy=True)
             for name, tensor in self.policy.normaliser.state_dict().items()
         }
 
     # -- state -----------------------------------------------------------------------------------------------------
 
     def tensors(self) -> dict[str, Tensor]:
-        """All of it by name; not copied."""
+        """All of it by name, for the CPU; not copied where it is there."""
         named = self._living()
         if self._good is not None:
             named |= {f"{GOOD}{name}": tensor for name, tensor in self._good.items()}
         if self.consolidation is not None:
             named |= {f"{OLD_TASKS}{name}": tensor for name, tensor in self.consolidation.tensors().items()}
-        return named
+        return _on_cpu(named)
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Become what gave these `tensors`.
@@ -251,7 +305,7 @@ class Engine:
         """
         if self.adapters is None and any(".parametrizations." in name for name in tensors):
             self.begin_adapters()
-        good, held = _under(GOOD, tensors), _under(OLD_TASKS, tensors)
+        good, held = _under(GOOD, tensors), self._execution.to_device(_under(OLD_TASKS, tensors))
         self._load_living({name: t for name, t in tensors.items() if not name.startswith((GOOD, OLD_TASKS))})
         self.consolidation = Consolidation.from_tensors(held) if held else None
         self._good = {name: tensor.clone() for name, tensor in good.items()} or None
@@ -274,6 +328,10 @@ class Engine:
         if self._iql is not None:
             self._iql.critics.load_state_dict(_under(CRITICS, named))
             self._iql.slow.load_state_dict(_under(SLOW_CRITICS, named))
+
+
+def _on_cpu(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.cpu() for name, tensor in named.items()}
 
 
 def _under(prefix: str, named: Mapping[str, Tensor]) -> dict[str, Tensor]:

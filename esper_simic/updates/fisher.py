@@ -29,7 +29,7 @@ def sampled_log_probs(policy: Policy, batch: Batch, rng: np.random.Generator) ->
     starts, state = trajectory.episode_start[:length], trajectory.initial_state
     drawn = []
     for t in range(length):
-        uniforms = torch.from_numpy(rng.random((batch.lanes, policy.chance)))
+        uniforms = torch.from_numpy(rng.random((batch.lanes, policy.chance))).to(batch.rewards.device)
         decision = policy.act({key: tensor[t] for key, tensor in rows.items()}, starts[t], state, uniforms)
         drawn.append(decision.actions)
         state = decision.state

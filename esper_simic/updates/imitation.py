@@ -10,10 +10,11 @@ from esper_simic.updates.update import Terms, Updated, judged_likelihood
 
 def imitation_update(batch: Batch, terms: Terms) -> Updated:
     """Make one update; see `Update`. The values learn nothing: the one who is copied had none."""
-    evaluation, length = batch.evaluate(terms.policy), batch.length
+    evaluation, length = terms.evaluate(batch), batch.length
     terms.observer.passed(Phase.FORWARD)
     heads = evaluation.heads
-    loss = imitation_loss(
+    loss = terms.loss(
+        imitation_loss,
         {
             head: ImitationHead(
                 log_probs=log_probs[:length],

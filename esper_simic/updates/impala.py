@@ -11,11 +11,12 @@ from esper_simic.updates.update import Terms, Updated, ratios_of
 def impala_update(batch: Batch, terms: Terms) -> Updated:
     """Make one update; see `Update`."""
     trainer, length = terms.trainer, batch.length
-    evaluation = batch.evaluate(terms.policy)
+    evaluation = terms.evaluate(batch)
     terms.observer.passed(Phase.FORWARD)
     log_probs, behaviour = evaluation.log_probs[:length], batch.trajectory.behaviour_log_probs
     ratios = ratios_of(log_probs, behaviour, batch.policy_weights)
-    loss = impala_loss(
+    loss = terms.loss(
+        impala_loss,
         log_probs=log_probs,
         behaviour_log_probs=behaviour,
         values=evaluation.values[:length],

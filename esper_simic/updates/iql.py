@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 import torch
@@ -33,6 +33,14 @@ from esper_simic.updates.batch import Batch
 from esper_simic.updates.update import Terms, Updated, judged_likelihood
 
 KEY: Final = "simic_trainer.iql_cql_alpha"
+
+
+class _Worth(NamedTuple):
+    """What critics think of a batch: of each `[T, B]`, its slow copy's, and `[T, B, 1]` of all actions together."""
+
+    q_values: list[Tensor]
+    target_q_values: list[Tensor]
+    action_values: tuple[Tensor, ...]
 
 
 class IqlUpdate:
@@ -54,33 +62,33 @@ class IqlUpdate:
         self.critics = TwinQ(spec, trainer, rng)
         self.slow = copy.deepcopy(self.critics).requires_grad_(False)
 
+    def to(self, device: torch.device) -> None:
+        """Have the critics on a device."""
+        self.critics.to(device)
+        self.slow.to(device)
+
     def __call__(self, batch: Batch, terms: Terms) -> Updated:
         """Make one update; see `Update`."""
         trainer, length = terms.trainer, batch.length
-        evaluation = batch.evaluate(terms.policy)
-        trajectory = batch.trajectory
-        rows = {key: tensor[:length].flatten(0, 1) for key, tensor in trajectory.observations.items()}
-        features = terms.policy.normaliser(rows)
-        actions = trajectory.actions.flatten(0, 1)
-        shape = (length, batch.lanes)
-        with torch.no_grad():
-            slow = [q.reshape(shape) for q in self.slow(rows, features, actions)]
-        loss = iql_loss(
+        evaluation = terms.evaluate(batch)
+        worth = terms.computation.forward(lambda part: self._worth(part, terms), batch)
+        loss = terms.loss(
+            iql_loss,
             log_probs=evaluation.log_probs[:length],
-            q_values=[q.reshape(shape) for q in self.critics(rows, features, actions)],
-            target_q_values=slow,
+            q_values=worth.q_values,
+            target_q_values=worth.target_q_values,
             values=evaluation.values[:length],
             next_values=evaluation.values[1:].detach(),
             rewards=batch.rewards,
             discounts=batch.discounts,
-            weights=torch.ones(shape),
+            weights=torch.ones_like(batch.rewards),
             options=IqlOptions(
                 expectile=trainer.iql_expectile,
                 beta=trainer.iql_beta,
                 weight_max=trainer.iql_weight_max,
                 cql_alpha=trainer.iql_cql_alpha,
             ),
-            action_values=self._sums(rows, features, shape) if trainer.iql_cql_alpha > 0 else (),
+            action_values=worth.action_values,
         )
         terms.observer.passed(Phase.FORWARD)
         norm = terms.minimise(loss.total)
@@ -93,6 +101,19 @@ class IqlUpdate:
             grad_norm=norm,
             ratios=None,
             metrics=metrics,
+        )
+
+    def _worth(self, batch: Batch, terms: Terms) -> _Worth:
+        trajectory, shape = batch.trajectory, (batch.length, batch.lanes)
+        rows = {key: tensor[: batch.length].flatten(0, 1) for key, tensor in trajectory.observations.items()}
+        features = terms.policy.normaliser(rows)
+        actions = trajectory.actions.flatten(0, 1)
+        with torch.no_grad():
+            slow = [q.reshape(shape) for q in self.slow(rows, features, actions)]
+        return _Worth(
+            [q.reshape(shape) for q in self.critics(rows, features, actions)],
+            slow,
+            self._sums(rows, features, shape) if terms.trainer.iql_cql_alpha > 0 else (),
         )
 
     def _sums(

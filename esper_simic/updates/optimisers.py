@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from esper_simic.learning_rates import GroupConfig, UnifiedLRController
+from esper_simic.loss_scale import LossScale
 from esper_simic.rate_facts import RateChanged, Tampered
 from esper_simic.telemetry import NullObserver, Phase, StepObserver
 
@@ -34,9 +35,19 @@ class Optimisers:
     Args:
         groups: By the optimiser's name.
         settings: Further keywords of `torch.optim.Adam`, such as `fused`.
+        loss_scale: By what losses are multiplied first; None where gradients need none.
     """
 
-    def __init__(self, groups: Mapping[str, Group], settings: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        groups: Mapping[str, Group],
+        settings: Mapping[str, Any],
+        loss_scale: LossScale | None = None,
+    ) -> None:
+        self.loss_scale = loss_scale
+        """State: it follows each step."""
+        self.overflows = 0
+        """Steps that were left out because of it, ever."""
         self.rates = UnifiedLRController()
         self._by_name: dict[str, torch.optim.Optimizer] = {}
         self._parameters: list[nn.Parameter] = []
@@ -48,6 +59,8 @@ class Optimisers:
             self.rates.register_optimizer(name, optimizer, schedule)
         self.lr_factor = 1.0
         """Of those who are careful, on every scheduled rate."""
+        self.moves = 0
+        """Steps that were begun; one of them may have moved some parameters and not others."""
         self._changed: list[RateChanged] = []
         self._tampered: list[Tampered] = []
 
@@ -60,24 +73,40 @@ class Optimisers:
             observer: Told of the phases.
 
         Returns:
-            The norm before it was clipped.
+            The norm before it was clipped; 0 for a step that was left out because the scaled gradient overflowed.
 
         Raises:
-            FloatingPointError: Loss or gradient is not finite; nothing was changed.
+            FloatingPointError: Loss or gradient is not finite, and no scale is to blame; nothing was changed.
         """
         for optimizer in self._by_name.values():
             optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        scale = self.loss_scale
+        (loss if scale is None else loss * scale.scale).backward()  # type: ignore[no-untyped-call]
+        if scale is not None:
+            scale.unscale(self._parameters)
         norm = torch.nn.utils.clip_grad_norm_(self._parameters, max_norm)
+        if scale is not None and self._has_overflowed(scale, loss, norm):
+            observer.passed(Phase.BACKWARD)
+            return 0.0
         if not bool(torch.isfinite(norm + loss.detach())):
             raise FloatingPointError(f"loss {float(loss.detach())}, gradient norm {float(norm)}")
         observer.passed(Phase.BACKWARD)
+        self.moves += 1
         for name in self._by_name:
             step = self.rates.step(name, factor=self.lr_factor)
             self._changed += [step.changed] if step.changed is not None else []
             self._tampered += [step.tampered] if step.tampered is not None else []
         observer.passed(Phase.OPTIMIZER)
         return float(norm)
+
+    def _has_overflowed(self, scale: LossScale, loss: Tensor, norm: Tensor) -> bool:
+        """Whether the gradient was too large for its type because of the scale; the scale follows."""
+        is_finite = bool(torch.isfinite(norm))
+        if not is_finite and (scale.is_exhausted or not bool(torch.isfinite(loss.detach()))):
+            return False
+        self.loss_scale = scale.followed(is_finite)
+        self.overflows += not is_finite
+        return not is_finite
 
     def take_news(self) -> tuple[tuple[RateChanged, ...], tuple[Tampered, ...]]:
         """Changes of rates, and rates that somebody else had written, since this was asked last."""

@@ -31,9 +31,12 @@ def ppo_update(batch: Batch, terms: Terms) -> Updated:
     """Make one update; see `Update`."""
     trainer, length = terms.trainer, batch.length
     with torch.no_grad():
-        anchor = batch.evaluate(terms.policy)
+        anchor = terms.evaluate(batch)
     log_rhos = anchor.log_probs[:length] - batch.trajectory.behaviour_log_probs
     ratios = ratios_of(anchor.log_probs[:length], batch.trajectory.behaviour_log_probs, batch.policy_weights)
+    if trainer.algorithm == "APPO" and not ratios.finite:
+        # As with TD(0), no weight corrects such a batch; that they are no numbers is V-trace's failure alone.
+        log_rhos = torch.zeros_like(log_rhos)
     uses_vtrace = trainer.algorithm == "APPO" and terms.targets(ratios) == "vtrace"
     targets = _targets(batch, anchor, log_rhos, terms, uses_vtrace=uses_vtrace)
     options = _options(terms)
@@ -111,10 +114,11 @@ def _minibatch_loss(
 ) -> PpoLoss:
     part = batch.of_lanes(lanes)
     length = part.length
-    evaluation = part.evaluate(terms.policy)
+    evaluation = terms.evaluate(part)
     terms.observer.passed(Phase.FORWARD)
     new, old = evaluation.heads, anchor.heads
-    return ppo_loss(
+    return terms.loss(
+        ppo_loss,
         heads={
             head: PpoHead(
                 log_probs=new.head_log_probs[head][:length],

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import ParamSpec, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -14,11 +14,15 @@ from esper_simic.algorithms.vtrace import LOG_RHO_MAX
 from esper_simic.algorithms.weighted import weighted_mean
 from esper_simic.breaker import VtraceRatios, VtraceVerdict, judge_vtrace
 from esper_simic.config import TrainerConfig
-from esper_simic.policies.policy import Policy
+from esper_simic.policies.policy import Evaluation, Policy
 from esper_simic.safety_step import StepMode, Targets
 from esper_simic.telemetry import StepObserver
 from esper_simic.updates.batch import Batch
+from esper_simic.updates.computation import Computation
 from esper_simic.updates.optimisers import UNWATCHED, Optimisers
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +39,7 @@ class Terms:
         rng: All chance of the update.
         penalty: A further loss of the weights, with its own weight in it; None for none.
         observer: Told of the phases.
+        computation: How it is computed.
     """
 
     trainer: TrainerConfig
@@ -46,6 +51,7 @@ class Terms:
     rng: np.random.Generator
     penalty: Callable[[], Tensor] | None = None
     observer: StepObserver = UNWATCHED
+    computation: Computation = field(default_factory=Computation)
 
     @property
     def max_norm(self) -> float:
@@ -56,6 +62,14 @@ class Terms:
         """V-trace's targets, unless it is switched off, given up for now, or of no use on this very batch."""
         is_sound = judge_vtrace(ratios, self.trainer) is VtraceVerdict.SOUND
         return self.mode.targets if self.trainer.vtrace_enabled and is_sound else "td"
+
+    def evaluate(self, batch: Batch) -> Evaluation:
+        """The policy's view of a batch, see `Batch.evaluate`."""
+        return self.computation.evaluate(batch, self.policy)
+
+    def loss(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """What a pure function of tensors gives."""
+        return self.computation.loss(function, *args, **kwargs)
 
     def minimise(self, loss: Tensor) -> float:
         """One step down the gradient of a loss and the penalty: the gradient's norm before it was clipped."""

@@ -9,12 +9,15 @@ import numpy as np
 import numpy.typing as npt
 
 from esper_simic.config import EnvironmentConfig
+from esper_simic.config_behaviour import RANDOM
 from esper_simic.graphs import FlatGrowthSpec, ObservationSpec
+from esper_simic.growing_host.controllers import CONTROLLERS, random_log_probs
 from esper_simic.growing_host.flat import flat_size, flatten
 from esper_simic.growing_host.spaces import observation_spec_of
 from esper_simic.growing_host.tasks import load_task
 from esper_simic.growing_host.vector import GrowingHostVectorEnv
 from esper_simic.worlds.outcome import Outcome
+from esper_simic.worlds.scripts import Chosen
 
 Array = npt.NDArray[Any]
 
@@ -79,6 +82,28 @@ class GrowingLanes:
         return flat_observation(observed) if self._is_flat else observed
 
 
+class GrowthScript:
+    """A scripted controller of growing hosts; see `worlds.scripts.Script`.
+
+    Args:
+        name: One of `growing_host.controllers.CONTROLLERS`.
+        lanes: Whose hosts it looks at: it sees more of them than a policy does.
+    """
+
+    def __init__(self, name: str, lanes: GrowingLanes) -> None:
+        self._controller = CONTROLLERS[name](lanes.num_envs)
+        self._draws = name == RANDOM
+        self._hosts = lanes.hosts
+
+    def choose(self, observation: Mapping[str, Array], episode_start: Array, uniforms: Array) -> Chosen:
+        """See `Script`."""
+        self._controller.reset(episode_start)
+        view = self._hosts.view()
+        actions = self._controller.act(view, uniforms)
+        log_probs = random_log_probs(view, actions) if self._draws else np.zeros(len(actions))
+        return Chosen(actions, log_probs)
+
+
 class GrowingWorld:
     """Hosts that a controller grows.
 
@@ -103,6 +128,10 @@ class GrowingWorld:
             first_episodes=first_episodes,
         )
         return GrowingLanes(hosts, self.spec, self._config.success_accuracy)
+
+    def script(self, name: str, lanes: Any) -> GrowthScript:
+        """See `World.script`."""
+        return GrowthScript(name, lanes)
 
     def digest(self) -> str:
         """The digest of the task's data. It costs the loading of the task, which has to be done anyway.

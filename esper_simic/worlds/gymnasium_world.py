@@ -30,12 +30,13 @@ from gymnasium.envs.registration import EnvSpec, load_env_creator
 from gymnasium.vector import AutoresetMode, VectorEnv
 
 from esper_simic.errors import ConfigError
-from esper_simic.specs import VectorSpec
+from esper_simic.specs import Choices, VectorSpec
 from esper_simic.worlds.cart_poles import CartPoles
 from esper_simic.worlds.known_answer import KnownAnswerVectorEnv
 from esper_simic.worlds.lanes import GymnasiumLanes
 from esper_simic.worlds.outcome import Outcome
 from esper_simic.worlds.plain import PlainEnvs
+from esper_simic.worlds.scripts import RandomScript
 from esper_simic.worlds.spaces import ActionForm, ObservationForm
 
 Array = npt.NDArray[Any]
@@ -96,7 +97,18 @@ class GymnasiumWorld:
         )
         probe.close()
         observation, action = self._forms
-        self.spec = VectorSpec(observation.features, action.spec)
+        if observation.mask_size and probe.metadata.get("autoreset_mode") == AutoresetMode.SAME_STEP:
+            self._native = (
+                None  # last observations of ended lanes come one by one, not as a batch of the space
+            )
+        masks = observation.mask_size
+        if masks and (not isinstance(action.spec, Choices) or sum(action.spec.sizes) != masks):
+            raise ConfigError(
+                f"{id} has an action mask of {masks} entries, and its actions are {action.spec}: a mask has one entry "
+                f"for each choice",
+                "environment.id",
+            )
+        self.spec = VectorSpec(observation.features, action.spec, masked=masks > 0)
 
     @property
     def horizon(self) -> int | None:
@@ -108,8 +120,18 @@ class GymnasiumWorld:
         self, lane_seeds: Sequence[int], first_episodes: Sequence[int], *, stagger: bool
     ) -> GymnasiumLanes:
         """Fresh lanes; see `worlds.lanes` for what each depends on."""
+        return self._lanes(self._make(len(lane_seeds)), lane_seeds, first_episodes, stagger=stagger)
+
+    def _lanes(
+        self,
+        envs: VectorEnv[Array, Array, Array],
+        lane_seeds: Sequence[int],
+        first_episodes: Sequence[int],
+        *,
+        stagger: bool,
+    ) -> GymnasiumLanes:
         return GymnasiumLanes(
-            self._make(len(lane_seeds)),
+            envs,
             self._id,
             self._forms,
             lane_seeds=lane_seeds,
@@ -117,6 +139,10 @@ class GymnasiumWorld:
             horizon=self.horizon if stagger else None,
             success_return=self._success_return,
         )
+
+    def script(self, name: str, lanes: object) -> RandomScript:
+        """See `World.script`; in such worlds there is one."""
+        return RandomScript(self.spec.action)
 
     def digest(self) -> str:
         """Begin an episode, so that what is wrong shows now; SHA-256 of what the environments are.
@@ -127,7 +153,8 @@ class GymnasiumWorld:
         Raises:
             ConfigError: They cannot be reset.
         """
-        lanes = self.lanes([0], [0], stagger=False)
+        envs = self._make(1)
+        lanes = self._lanes(envs, [0], [0], stagger=False)
         try:
             lanes.reset()
         except REFUSALS as error:
@@ -147,6 +174,9 @@ class GymnasiumWorld:
             "kwargs": self._kwargs,
             "horizon": self.horizon,
         }
+        data: str = getattr(envs, "data_digest", "")
+        if data:
+            identity["data"] = data
         return hashlib.sha256(msgspec.json.encode(identity, enc_hook=repr, order="deterministic")).hexdigest()
 
     def outcome(self, episode: Mapping[str, Array], lane: int) -> Outcome:

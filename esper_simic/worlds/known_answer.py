@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Final
 import gymnasium
 import numpy as np
 import numpy.typing as npt
-from gymnasium.spaces import Discrete, Space
+from gymnasium.spaces import Dict, Discrete, Space
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
@@ -85,6 +85,9 @@ class KnownAnswerVectorEnv(VectorEnv[Array, Array, Array]):
     single_space: ClassVar[Space[Any]]
     single_actions: ClassVar[Space[Any]]
 
+    data_digest: str = ""
+    """Of what the problem read."""
+
     def __init__(
         self,
         num_envs: int = 1,
@@ -111,7 +114,7 @@ class KnownAnswerVectorEnv(VectorEnv[Array, Array, Array]):
         """Put lanes `[N]` at the start of the episodes with this chance `[N, DRAWS]`; `elapsed` is 0 there."""
 
     @abstractmethod
-    def observe(self) -> Array:
+    def observe(self) -> Any:
         """Observations of all lanes, a batch of `single_space` in memory of its own."""
 
     @abstractmethod
@@ -216,5 +219,7 @@ class KnownAnswerEnv(gymnasium.Env[Any, Any]):
         observed, reward, terminated, _, infos = self._lane.step(np.asarray(action)[None])
         return self._single(observed), float(reward[0]), bool(terminated[0]), False, infos
 
-    def _single(self, observed: Array) -> Any:
+    def _single(self, observed: Any) -> Any:
+        if isinstance(self.observation_space, Dict):
+            return {key: rows[0] for key, rows in observed.items()}
         return int(observed[0]) if isinstance(self.observation_space, Discrete) else observed[0]

@@ -25,7 +25,7 @@ from esper_simic.worlds.spaces import ActionForm, Floats, ObservationForm
 Array = npt.NDArray[Any]
 Bools = npt.NDArray[np.bool_]
 Indices = npt.NDArray[np.int64]
-Observation = dict[str, Floats]
+Observation = dict[str, Array]
 
 SEED_BITS: Final = 31
 """Environments hand their seed on to generators that take no more."""
@@ -90,7 +90,7 @@ class GymnasiumLanes:
             self._cuts[:] = self._never
         observed = self._begin(np.arange(self.num_envs))
         self._is_ready = True
-        return {"vector": observed}, {}
+        return self._observation_form.named(observed), {}
 
     def step(
         self, actions: Array
@@ -115,10 +115,11 @@ class GymnasiumLanes:
         ended = terminated | cut
         self._check(vectors, reward)
         if not ended.any():
-            return {"vector": vectors}, reward, terminated, cut, {}
+            return self._observation_form.named(vectors), reward, terminated, cut, {}
         lanes = np.flatnonzero(ended)
         told = self._finish(ended, shortened, lanes, vectors, infos)
-        return {"vector": self._continued(lanes, vectors)}, reward, terminated, cut, told
+        following = self._observation_form.named(self._continued(lanes, vectors))
+        return following, reward, terminated, cut, told
 
     def close(self) -> None:
         """Close the environments."""
@@ -170,7 +171,7 @@ class GymnasiumLanes:
             final[lanes] = self._observation_form.vectors(last)
         returns = self._returns.copy()
         return {
-            "final_obs": {"vector": final},
+            "final_obs": self._observation_form.named(final),
             "_final_obs": ended,
             "episode": {
                 "r": returns,

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from gymnasium.spaces import Discrete
 from gymnasium.vector import AutoresetMode, VectorEnv
-from gymnasium.vector.utils import batch_space
+from gymnasium.vector.utils import batch_space, create_empty_array
 
 Array = npt.NDArray[Any]
 
@@ -37,8 +37,7 @@ class PlainEnvs(VectorEnv[Array, Array, Array]):
         self.single_action_space = self._envs[0].action_space
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
-        space = self.single_observation_space
-        self._observations = np.zeros((num_envs, *(space.shape or ())), dtype=space.dtype)
+        self._observations: Any = create_empty_array(self.single_observation_space, num_envs, fn=np.zeros)
         self._rewards = np.zeros(num_envs)
         self._terminated = np.zeros(num_envs, dtype=bool)
         self._truncated = np.zeros(num_envs, dtype=bool)
@@ -61,10 +60,11 @@ class PlainEnvs(VectorEnv[Array, Array, Array]):
         mask = rest.pop("reset_mask", None)
         lanes = range(self.num_envs) if mask is None else np.flatnonzero(mask).tolist()
         for lane in lanes:
-            self._observations[lane], _ = self._envs[lane].reset(
+            observed, _ = self._envs[lane].reset(
                 seed=None if seeds is None else seeds[lane], options=rest or None
             )
-        return self._observations.copy(), {}
+            self._put(lane, observed)
+        return self._copied(), {}
 
     def step(self, actions: Array) -> tuple[Array, Array, Array, Array, dict[str, Any]]:
         """Step every lane; what environments say beside is dropped."""
@@ -72,17 +72,34 @@ class PlainEnvs(VectorEnv[Array, Array, Array]):
         each = actions.tolist() if isinstance(self.single_action_space, Discrete) else actions
         for lane, (env, action) in enumerate(zip(self._envs, each, strict=True)):
             observed, reward, terminated, truncated, _ = env.step(action)
-            self._observations[lane] = observed
+            self._put(lane, observed)
             self._rewards[lane] = reward
             self._terminated[lane] = terminated
             self._truncated[lane] = truncated
         return (
-            self._observations.copy(),
+            self._copied(),
             self._rewards.copy(),
             self._terminated.copy(),
             self._truncated.copy(),
             {},
         )
+
+    @property
+    def data_digest(self) -> str:
+        """Of what the environments read, where they say so."""
+        return str(getattr(self._envs[0].unwrapped, "data_digest", ""))
+
+    def _put(self, lane: int, observed: Any) -> None:
+        if isinstance(self._observations, dict):
+            for key, rows in self._observations.items():
+                rows[lane] = observed[key]
+        else:
+            self._observations[lane] = observed
+
+    def _copied(self) -> Any:
+        if isinstance(self._observations, dict):
+            return {key: rows.copy() for key, rows in self._observations.items()}
+        return self._observations.copy()
 
     def close_extras(self, **kwargs: Any) -> None:
         """Close every environment."""

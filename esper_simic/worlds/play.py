@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 import msgspec
 import numpy as np
 import numpy.typing as npt
-from scipy.special import ndtri
 
 from esper_simic import seeding
 from esper_simic.errors import BudgetExceeded
-from esper_simic.specs import ActionSpec, Choices
+from esper_simic.specs import ActionSpec
+from esper_simic.worlds.scripts import RandomScript
 
 if TYPE_CHECKING:  # for its name alone: growing hosts, which it knows too, bring torch
     from esper_simic.worlds.world import World
@@ -25,8 +25,6 @@ Array = npt.NDArray[Any]
 
 STEPS_MAX: Final = 100_000
 """Steps after which an episode is taken for one that never ends."""
-
-RANDOM: Final = "random"
 
 
 class PlayedEpisode(msgspec.Struct, frozen=True, kw_only=True):
@@ -63,26 +61,18 @@ class Acting(Protocol):
 
 
 class RandomActing:
-    """Every choice with equal chance; numbers uniform between finite ends, else standard normal.
+    """Acts by chance alone; see `RandomScript`.
 
     Args:
         action: What an action is.
     """
 
     def __init__(self, action: ActionSpec) -> None:
-        self._action = action
-        if not isinstance(action, Choices):
-            ends = np.array([action.low, action.high], dtype=np.float64)
-            self._bounded = np.isfinite(ends).all(axis=0)
+        self._script = RandomScript(action)
 
     def act(self, observation: Mapping[str, Array], episode_start: Array, uniforms: Array) -> Array:
         """See `Acting`."""
-        if isinstance(self._action, Choices):
-            choices: Array = (uniforms * np.array(self._action.sizes)).astype(np.int64)
-            return choices
-        # A world maps [-1, 1] onto what it takes; and 0 is the one uniform number that no normal one belongs to.
-        normal = ndtri(np.maximum(uniforms, np.finfo(np.float64).tiny))
-        return np.where(self._bounded, 2 * uniforms - 1, normal).astype(np.float32)
+        return self._script.choose(observation, episode_start, uniforms).actions
 
 
 def play(

@@ -6,6 +6,10 @@
 | `Discrete(n)` | n, one of them 1 |
 | `MultiDiscrete` | of each component as of a `Discrete`, one behind the other |
 | `MultiBinary` | its bits, flattened |
+| `Dict` of `observation`, one of these, and `action_mask` | the observation's; the mask stands beside the vector |
+
+An `action_mask` is a `MultiBinary` or a `Box` with one entry for each choice of the action's heads, head after head: 1
+where it is legal, else 0.
 
 | action space | action of a policy |
 |---|---|
@@ -39,6 +43,9 @@ FEATURES_MAX: Final = 65_536
 CHOICES_MAX: Final = 65_536
 """Most choices of all heads together."""
 
+OBSERVATION: Final = "observation"
+ACTION_MASK: Final = "action_mask"
+
 
 class ObservationForm:
     """How observations of a space become vectors.
@@ -47,13 +54,23 @@ class ObservationForm:
         space: Of one environment.
         name: Of the environment, for what is said of it.
 
+    Attributes:
+        features: Numbers of an observation without its mask.
+        mask_size: Entries of its mask; 0 where there is none.
+
     Raises:
         ConfigError: No vector is made of such a space, or one beyond `FEATURES_MAX`.
     """
 
     def __init__(self, space: spaces.Space[Any], name: str) -> None:
-        self._encode: Callable[[Array], Floats]
+        self._encode: Callable[[Any], Floats]
+        self.features: int
+        self.mask_size = 0
         match space:
+            case spaces.Dict() if set(space) == {OBSERVATION, ACTION_MASK}:
+                inner = ObservationForm(space[OBSERVATION], name)
+                self.features, self.mask_size = inner.features, int(np.prod(space[ACTION_MASK].shape or ()))
+                self._encode = _beside_mask(inner)
             case spaces.Box():
                 self.features = int(np.prod(space.shape))
                 self._encode = _wide_numbers if space.dtype == np.float64 else _numbers
@@ -78,12 +95,21 @@ class ObservationForm:
                 "environment.id",
             )
 
-    def vectors(self, observations: Array) -> Floats:
-        """Observations of E environments, `[E, …]`, as `[E, features]`, in memory of their own.
+    def vectors(self, observations: Any) -> Floats:
+        """Observations of E environments, `[E, …]`, as `[E, features + mask_size]`, in memory of their own.
 
         Numbers too large for float32 become infinite.
         """
         return self._encode(observations)
+
+    def named(self, vectors: Floats) -> dict[str, Array]:
+        """What `vectors` made, in the form of `VectorSpec`: `vector`, and `action_mask` where there is one."""
+        if not self.mask_size:
+            return {"vector": vectors}
+        return {
+            "vector": vectors[:, : self.features],
+            ACTION_MASK: vectors[:, self.features :].astype(np.int8),
+        }
 
 
 class ActionForm:
@@ -143,6 +169,14 @@ def _wide_numbers(observations: Array) -> Floats:
     # What overflows is found, and said of which environment, where the vectors are used.
     with np.errstate(over="ignore"):
         return _numbers(observations)
+
+
+def _beside_mask(inner: ObservationForm) -> Callable[[Any], Floats]:
+    def encode(observations: Any) -> Floats:
+        mask = np.asarray(observations[ACTION_MASK], dtype=np.float32)
+        return np.concatenate((inner.vectors(observations[OBSERVATION]), mask.reshape(len(mask), -1)), axis=1)
+
+    return encode
 
 
 def _one_hot(sizes: Array, start: Array) -> Callable[[Array], Floats]:

@@ -13,11 +13,13 @@ import numpy as np
 import numpy.typing as npt
 
 from esper_simic.config import EnvironmentConfig
-from esper_simic.config_gym import GROWING_HOST
+from esper_simic.config_gym import BLUEPRINT_CHOICE, GROWING_HOST
 from esper_simic.specs import ExperienceSpec
+from esper_simic.worlds.blueprint_choice import evaluation_kwargs
 from esper_simic.worlds.growing import GrowingWorld
 from esper_simic.worlds.gymnasium_world import GymnasiumWorld
 from esper_simic.worlds.outcome import Outcome
+from esper_simic.worlds.scripts import Script
 
 Array = npt.NDArray[Any]
 
@@ -32,7 +34,8 @@ class Lanes(Protocol):
     | `final_obs`, `_final_obs` | mapping of `[E, …]`, `[E]` | last observation of episodes that ended; valid rows |
     | `episode`, `_episode` | `r l success cut` and measures, each `[E, …]`; `[E]` | their results; valid rows |
 
-    `cut` episodes did not end by the world's own rules, time limits among them: they were staggered, or rolled back.
+    `cut` episodes did not end by the world's own rules, time limits among them: they were staggered, or `rolled_back`,
+    which a world with a governor tells beside.
     Both infos are there only in steps in which an episode ends. `truncated` lanes were cut from outside and are never
     also `terminated`. Observations may be kept: no later step writes into them.
     """
@@ -84,6 +87,9 @@ class World(Protocol):
             stagger: Cut the first episodes short, so that the lanes' phases spread where a horizon is known.
         """
 
+    def script(self, name: str, lanes: Lanes) -> Script:
+        """A scripted policy of this world (`EnvironmentConfig.scripts`), to act in these lanes of it."""
+
     def digest(self) -> str:
         """Make sure that this machine can run the world; the identity of its data, 64 hexadecimal digits.
 
@@ -110,3 +116,20 @@ def world_of(config: EnvironmentConfig, gamma: float) -> World:
     return GymnasiumWorld(
         config.id, config.kwargs, vectorised=config.vectorised == "auto", success_return=config.success_return
     )
+
+
+def held_out_world_of(config: EnvironmentConfig, gamma: float) -> World:
+    """The world in which a policy is measured that was trained in `world_of` the same.
+
+    They differ where seeds alone hold nothing out: recorded outcomes are divided.
+
+    Args:
+        config: Section `environment`.
+        gamma: The learner's discount.
+
+    Raises:
+        ConfigError: See `world_of`.
+    """
+    if config.id == BLUEPRINT_CHOICE:
+        config = config.model_copy(update={"kwargs": evaluation_kwargs(config.kwargs)})
+    return world_of(config, gamma)

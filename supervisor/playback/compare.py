@@ -96,6 +96,12 @@ def metric_differences(
     return found
 
 
+def is_next_to_nothing(difference: MetricDifference) -> bool:
+    """Whether two values differ by no more than what is allowed to any, whatever it is of them."""
+    a, b = difference.recorded, difference.computed
+    return a is not None and b is not None and abs(a - b) <= METRIC_FLOOR
+
+
 def _is_near(a: float, b: float, relative: float) -> bool:
     return relative <= METRIC_TOLERANCE or abs(a - b) <= METRIC_FLOOR
 

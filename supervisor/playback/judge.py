@@ -4,6 +4,9 @@ Digests decide, whatever the fingerprints are: while every one was equal, the st
 first one that is not is a divergence under an equal fingerprint. Under another one it only ends the exactness, and from
 there on metrics are compared within a tolerance, step by step, and tensors at the checkpoints on disk, from which the
 replay then goes on, so that rounding does not add up from one to the next.
+
+A way of computing that promises no equal bits (`promises_bits`) is another matter: then no step is a divergence. Those
+beyond the tolerance are counted, and the largest relative difference of a metric is told.
 """
 
 from __future__ import annotations
@@ -15,16 +18,18 @@ from typing import Any, Final, Literal, NamedTuple
 
 from esper_simic.errors import ContractError, UnavailableError
 from esper_simic.events import CheckpointStaged, LearnerRecovered, LearnerStepped, StepFailed
+from esper_simic.fingerprint import promises_bits
 from esper_simic.learner_state import LearnerState
 from supervisor.journal import Record
 from supervisor.playback.compare import (
+    is_next_to_nothing,
     is_tensor_near,
     is_value_near,
     metric_differences,
     tensor_differences,
     value_differences,
 )
-from supervisor.playback.report import CheckpointComparison, Divergence, EventLine
+from supervisor.playback.report import CheckpointComparison, Divergence, EventLine, LargestDifference
 from supervisor.playback.summaries import summary
 from supervisor.playback.survey import OnDisk
 from supervisor.roles.fold import Folded, event_of, read_state
@@ -60,6 +65,9 @@ class Tally:
 
     steps_by_digest: int = 0
     steps_by_tolerance: int = 0
+    steps_beyond: int = 0
+    """Of a way that promises no equal bits."""
+    largest: LargestDifference | None = None
     states_equal: int = 0
     metrics_differing: int = 0
     """Steps with equal digests and other metrics."""
@@ -104,7 +112,9 @@ class Judge:
         compared = digests_of(folded)
         unequal = next((one for one in compared if one.recorded != one.computed), None)
         if unequal is not None:
-            is_comparable = fingerprint == self.fingerprint_here and self.is_exact
+            is_comparable = (
+                promises_bits(fingerprint) and fingerprint == self.fingerprint_here and self.is_exact
+            )
             self.is_exact = False
             if is_comparable:
                 return self._divergence(record, folded, fingerprint, unequal.what, *unequal[1:])
@@ -144,7 +154,11 @@ class Judge:
         event, report = folded.event, folded.report
         if not isinstance(event, LearnerStepped) or report is None:
             return None
+        self._note_largest(event, report.metrics)
         outside = metric_differences(event.metrics, report.metrics, is_within_tolerance=True)
+        if outside and not promises_bits(fingerprint):
+            self.tally.steps_beyond += 1
+            return None
         if outside:
             names = ", ".join(one.name for one in outside)
             return self._divergence(record, folded, fingerprint, "metrics", names, "outside the tolerance")
@@ -152,6 +166,14 @@ class Judge:
         self.equal_position = record.position
         self._clear()
         return None
+
+    def _note_largest(self, event: LearnerStepped, computed: Mapping[str, float]) -> None:
+        largest = self.tally.largest
+        for one in metric_differences(event.metrics, computed):
+            is_more = largest is None or one.relative > largest.metric.relative
+            if is_more and not is_next_to_nothing(one):
+                largest = LargestDifference(event.step, one)
+        self.tally.largest = largest
 
     def _clear(self) -> None:
         self._since_equal.clear()

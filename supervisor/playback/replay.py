@@ -21,7 +21,8 @@ import torch
 
 from esper_simic.errors import BudgetExceeded, ContractError, InvariantViolation, UnavailableError
 from esper_simic.events import LearnerRecovered, LearnerStepped, RunStarted, StepFailed, StepSkipped
-from esper_simic.fingerprint import fingerprint
+from esper_simic.execution import Execution, in_words
+from esper_simic.fingerprint import fingerprint, promises_bits
 from esper_simic.safety import StepInputs
 from supervisor.clock import Clock
 from supervisor.journal import JournalDamage, Record, read
@@ -133,12 +134,14 @@ class _Replay:
         if not re.fullmatch(r"learner-\d+", request.owner):
             raise RequestError(f"{request.owner} is no learner: only a learner's journal can be replayed")
         config = config_of_journal(self._journal)
-        report.run_id = _run_id(self._journal)
+        report.run_id = _started(self._journal).run_id
         torch.set_num_threads(config.supervisor.learner_threads)
-        self._judge = Judge(fingerprint())
+        execution = Execution.recorded(_started(self._journal).fingerprint)
+        execution.apply()
+        self._judge = Judge(fingerprint(execution))
         rank = int(request.owner.rpartition("-")[2])
         self._batch_size = config.simic_trainer.batch_size
-        self._fold = LearnerFold(config, self._journal, self._checkpoints, rank=rank)
+        self._fold = LearnerFold(config, self._journal, self._checkpoints, rank=rank, execution=execution)
         self._began_s = self._clock.monotonic_s()  # what was before are imports, not replaying
         if request.origin != START:
             self._fold.restore(self._named(request.origin).directory)
@@ -268,6 +271,8 @@ class _Replay:
         if isinstance(folded.event, RunStarted) or not report.fingerprint_differences:
             differing = fingerprint_differences(self._fold.fingerprint, self._judge.fingerprint_here)
             report.fingerprint_differences = differing
+        if not promises_bits(self._fold.fingerprint):
+            report.inexact_way = in_words(self._fold.fingerprint)
         if isinstance(folded.event, LearnerStepped | StepFailed | StepSkipped):
             report.steps += 1
             report.steps_failed += isinstance(folded.event, StepFailed)
@@ -313,7 +318,8 @@ class _Replay:
             comparison = compare_checkpoint(found, self._fold.learner.state(), is_exact=is_exact)
             self._report.checkpoints.append(comparison)
             if not comparison.is_equal:
-                self._report.outcome = "divergent"
+                is_drift = not comparison.error and not promises_bits(self._fold.fingerprint)
+                self._report.outcome = "drifted" if is_drift else "divergent"
         if not is_exact and not self._report.checkpoints[-1].error:
             self._restore(here[-1])
 
@@ -432,8 +438,11 @@ class _Replay:
         report, tally = self._report, self._judge.tally
         report.steps_by_digest, report.steps_by_tolerance = tally.steps_by_digest, tally.steps_by_tolerance
         report.states_equal = tally.states_equal
+        report.steps_beyond, report.largest = tally.steps_beyond, tally.largest
         if report.outcome == "equal" and tally.steps_by_tolerance:
             report.outcome = "within_tolerance"
+        if report.outcome in ("equal", "within_tolerance") and tally.steps_beyond:
+            report.outcome = "drifted"
         if tally.metrics_differing:
             report.notes.append(
                 f"metrics of {tally.metrics_differing} steps with equal digests differ, the first at "
@@ -445,7 +454,7 @@ class _Replay:
         return report
 
 
-def _run_id(journal: Path) -> str:
+def _started(journal: Path) -> RunStarted:
     for record in read(journal):
-        return record.header_as(RunStarted).run_id
+        return record.header_as(RunStarted)
     raise UnavailableError(f"{journal} is empty")

@@ -10,9 +10,10 @@ from supervisor.playback.compare import MetricDifference, TensorDifference, Valu
 
 SCHEMA: Final = 1
 
-Outcome = Literal["equal", "within_tolerance", "divergent", "incomplete", "damaged"]
-"""All digests were equal; some steps were compared within the tolerance, and are; the first step that is not equal was
-found; something could not be replayed; the journal is not what was written."""
+Outcome = Literal["equal", "within_tolerance", "drifted", "divergent", "incomplete", "damaged"]
+"""All digests were equal; some steps were compared within the tolerance, and are; some are beyond it, where equal bits
+are promised by nobody; the first step that is not equal was found; something could not be replayed; the journal is not
+what was written."""
 
 
 class EventLine(msgspec.Struct, frozen=True):
@@ -22,6 +23,13 @@ class EventLine(msgspec.Struct, frozen=True):
     time_ns: int
     kind: str
     summary: str
+
+
+class LargestDifference(msgspec.Struct, frozen=True):
+    """The metric that differs most, relatively, of those that do not differ by next to nothing."""
+
+    step: int
+    metric: MetricDifference
 
 
 class CheckpointComparison(msgspec.Struct, frozen=True, kw_only=True):
@@ -126,6 +134,12 @@ class ReplayReport(msgspec.Struct, kw_only=True):
     """Compared bit for bit, and equal."""
     steps_by_tolerance: int = 0
     """Compared within the tolerance, and near."""
+    steps_beyond: int = 0
+    """Beyond the tolerance, of a run whose way of computing promises no equal bits."""
+    largest: LargestDifference | None = None
+    """Among the steps with other digests."""
+    inexact_way: str = ""
+    """How it was recorded, where that way promises no equal bits; else empty."""
     states_equal: int = 0
     """Digests of the whole state that were equal."""
     seconds: float = 0.0

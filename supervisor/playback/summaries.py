@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import assert_never
 
+from esper_simic.config_behaviour import POLICY
 from esper_simic.events import (
     AdmissionPaused,
     AdmissionResumed,
@@ -13,9 +14,12 @@ from esper_simic.events import (
     ExperienceAdmitted,
     ExperienceRefused,
     FingerprintChanged,
+    HaltLifted,
+    HardwareNoted,
     LearnerEvent,
     LearnerRecovered,
     LearnerStepped,
+    PolicyImported,
     RecordQuarantined,
     RunStarted,
     StepFailed,
@@ -32,10 +36,10 @@ def summary(event: LearnerEvent) -> str:  # noqa: C901, PLR0911, PLR0912 (a tabl
             count = len(event.episodes)
             plural = "" if count == 1 else "s"
             episodes = f", {count} episode{plural} ended" if count else ""
-            return (
-                f"{_sender(event)}: {event.length} steps of {event.lanes} lanes by policy "
-                f"{event.policy_version}{episodes}"
-            )
+            who = f"policy {event.policy_version}" if event.behaviour == POLICY else event.behaviour
+            return f"{_sender(event)}: {event.length} steps of {event.lanes} lanes by {who}{episodes}"
+        case PolicyImported():
+            return f"weights from {event.source}, digest {event.digest}"
         case ExperienceRefused():
             return f"{_sender(event)}: {event.steps} steps by policy {event.policy_version}: {event.reason}"
         case LearnerStepped():
@@ -46,6 +50,10 @@ def summary(event: LearnerEvent) -> str:  # noqa: C901, PLR0911, PLR0912 (a tabl
             return f"stage {event.stage}: {', '.join(type(fact).__name__ for fact in event.facts)}"
         case StepFailed():
             return f"step {event.step} failed: {event.reason}"
+        case HardwareNoted():
+            return f"{event.id} is {event.hardware.device_id}"
+        case HaltLifted():
+            return f"an operator let the training go on (takeover {event.order})"
         case StepSkipped():
             return f"step {event.step}: {event.reason}"
         case CheckpointStaged():

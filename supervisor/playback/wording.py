@@ -51,6 +51,8 @@ def _surroundings(report: ReplayReport) -> Iterator[str]:
             f"{METRIC_FLOOR:g}, tensors at checkpoints within {TENSOR_TOLERANCE:g} of the largest element of their "
             f"kind; the replay goes on from each"
         )
+    if report.inexact_way:
+        yield f"recorded in a way that promises no equal bits ({report.inexact_way}): digests decide nothing here"
     for crossing in report.crossings:
         yield f"record {crossing.position}, after step {crossing.step}: {crossing.reason}"
         yield (
@@ -88,7 +90,12 @@ def _verdict(report: ReplayReport) -> str:
         case "within_tolerance":
             return (
                 f"{steps}{origin}: {report.steps_by_digest:,} equal, {report.steps_by_tolerance:,} within the "
-                f"tolerance ({speed})"
+                f"tolerance{_largest(report)} ({speed})"
+            )
+        case "drifted":
+            return (
+                f"{steps}{origin}: {report.steps_by_digest:,} equal, {report.steps_by_tolerance:,} within the "
+                f"tolerance, {report.steps_beyond:,} beyond it{_largest(report)}: DRIFTED, as this way may ({speed})"
             )
         case "incomplete":
             return f"{steps}{origin}, all equal, but not all there are ({speed})"
@@ -99,6 +106,13 @@ def _verdict(report: ReplayReport) -> str:
             good = report.steps_by_digest + report.steps_by_tolerance
             near = " or near" if report.steps_by_tolerance else ""
             return f"{steps}{origin}, {good:,} of them equal{near}: DIVERGENT ({speed})"
+
+
+def _largest(report: ReplayReport) -> str:
+    if report.largest is None:
+        return ""
+    step, metric = report.largest.step, report.largest.metric
+    return f"; largest relative difference of a metric {metric.relative:.1e} ({metric.name} of step {step})"
 
 
 def _divergence(found: Divergence) -> Iterator[str]:

@@ -19,7 +19,7 @@ from supervisor import faults, status
 from supervisor.faults import Fault
 from supervisor.journal import JournalDamage
 from supervisor.recovery_proof.evidence import Death, hear, history, training_after
-from supervisor.recovery_proof.planning import AT_THE_END, needs_events
+from supervisor.recovery_proof.planning import AT_THE_END, needs_events, needs_trouble
 
 POLL_S: Final = 0.1
 """Far shorter than any process needs to come back: what is noted when a death is seen was noted before it."""
@@ -58,6 +58,40 @@ SETTINGS: Final[Mapping[str, Any]] = {
 }
 """A run small enough to die often, with segments and checkpoints small and frequent enough to be torn. Nothing counts
 the deaths: they are wanted. Records wait long for company, so that whoever promises before it is durable is caught."""
+
+TROUBLE: Final[Mapping[str, Any]] = {
+    "simic_trainer.vtrace_log_ratio_max": 0.0001,
+    "simic_trainer.circuit_breaker_recovery_timeout_s": 0.05,
+    "simic_trainer.conservative_mode_triggers": [],
+    "simic_trainer.ewc_sample_size": 8,
+    "simic_trainer.curriculum_breaker_failure_threshold": 1000,
+    "simic_trainer.curriculum_stages": [
+        {
+            "name": "eased",
+            "difficulty": 0.5,
+            "success": "accuracy >= 0",
+            "min_success_rate": 0.5,
+            "min_episodes": 8,
+            "max_episodes": 8,
+            "environment": {"train_batches": 1},
+        },
+        {
+            "name": "impossible",
+            "difficulty": 1.0,
+            "success": "accuracy >= 100",
+            "min_success_rate": 1.0,
+            "min_episodes": 4,
+            "max_episodes": 4,
+        },
+    ],
+}
+"""Laid over `SETTINGS` where a point lies beside the daily work: V-trace finds its ratios out of range again and again,
+one stage is passed and held on to, and of the next one round after the other fails."""
+
+
+def settings_of(planned: Sequence[Fault]) -> dict[str, Any]:
+    """Configuration, by dotted key, of a run that passes all of these points."""
+    return {**SETTINGS, **(TROUBLE if needs_trouble(planned) else {})}
 
 
 class Campaign:

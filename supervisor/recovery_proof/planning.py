@@ -6,7 +6,7 @@ one that makes a recovery necessary, and one that only an orderly stop passes co
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
 from esper_simic.errors import ConfigError
@@ -17,6 +17,9 @@ ROLES: Final = ("learner", "actor", "supervisor")
 
 DAILY_PASSAGE: Final = 8
 """Passage at which a point of daily work kills: the run is well under way by then, and much was promised."""
+
+BESIDE: Final = ("learner.facts.", "learner.judge.", "learner.stage.")
+"""Points that only a run passes which has a curriculum, or trouble."""
 
 RARE: Final = ("journal.segment.", "checkpoint.", "recovery.", "supervisor.resume.", "supervisor.noted.")
 """Points that are passed seldom: the first passage kills."""
@@ -72,6 +75,11 @@ def passage_of(role: str, name: str) -> int:
     if role == "supervisor":
         return next(passage for prefix, passage in SUPERVISOR_PASSAGES.items() if name.startswith(prefix))
     return DAILY_PASSAGE
+
+
+def needs_trouble(planned: Iterable[Fault]) -> bool:
+    """Whether some of these points are passed only in a run with a curriculum and trouble."""
+    return any(fault.point.startswith(BESIDE) for fault in planned)
 
 
 def needs_events(fault: Fault) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from supervisor.faults import Fault
-from supervisor.recovery_proof.campaign import SETTINGS, Campaign
+from supervisor.recovery_proof.campaign import Campaign, settings_of
 from supervisor.recovery_proof.evidence import (
     Death,
     Evidence,
@@ -67,7 +67,7 @@ def prove(
         UnavailableError: The run ended otherwise than it should, left a process behind, or cannot be replayed.
         JournalDamage: What is left of its journal cannot be read.
     """
-    campaign = Campaign(directory, planned, {**SETTINGS, **(settings or {})}, tell)
+    campaign = Campaign(directory, planned, {**settings_of(planned), **(settings or {})}, tell)
     campaign.run()
     tell("folding the journal from its first record")
     noted, supervisors = history(campaign.run_dir), history(campaign.run_dir, "supervisor")

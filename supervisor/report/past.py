@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
 from esper_simic import events as learned
+from esper_simic.config_behaviour import POLICY
 from esper_simic.curves import Curve, Thinned
 from esper_simic.errors import ContractError
 from supervisor.events import (
@@ -293,6 +294,8 @@ class LearnerPast:
 
     def _admit(self, event: learned.ExperienceAdmitted, position: int) -> None:
         self.environment_steps += event.length * event.lanes
+        if event.behaviour != POLICY:
+            return  # episodes of another, or pieces of many: no growth that this training brought
         for episode in event.episodes:
             if not episode.is_whole:
                 self.cut_short += 1
@@ -347,6 +350,8 @@ class LearnerPast:
 def learner_words(event: learned.LearnerEvent) -> tuple[str, str, bool] | None:  # noqa: PLR0911 (a table)
     """Lane, words, and whether it is trouble; None for what goes without saying."""
     match event:
+        case learned.PolicyImported():
+            return "learner", f"the policy began with the weights of {event.source}", False
         case learned.CheckpointSaved():
             return "checkpoints", f"checkpoint {event.directory}, update {event.step}", False
         case learned.LearnerRecovered():
@@ -363,6 +368,8 @@ def learner_words(event: learned.LearnerEvent) -> tuple[str, str, bool] | None: 
             return "learner", f"curriculum, stage {event.stage}: {what}", False
         case learned.StepFailed():
             return "learner", f"update {event.step} failed: {event.reason}", True
+        case learned.HaltLifted():
+            return "learner", "an operator let the training go on", False
         case learned.StepSkipped():
             return "learner", f"update {event.step} was given up: {event.reason}", True
         case learned.FingerprintChanged():

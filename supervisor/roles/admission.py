@@ -37,6 +37,10 @@ def check(message: Unroll, config: Config, newest_version: int) -> None:
         raise ContractError(
             f"policy version {message.policy_version} was never announced; the newest is {newest_version}"
         )
+    if message.behaviour != config.environment.behaviour:
+        raise ContractError(
+            f"{message.behaviour!r} acted; in this run it is {config.environment.behaviour!r}"
+        )
     stages = len(config.stage_environments())
     if not 0 <= message.stage < stages:
         raise ContractError(f"stage {message.stage} of the curriculum; there are {stages}")
@@ -68,8 +72,8 @@ def decode_unroll(frames: Sequence[bytes], message: Unroll, policy: Policy, *, l
     return decode(frames, policy.spec, message.steps, message.lanes, policy.state_size)
 
 
-def admitted(message: Unroll) -> ExperienceAdmitted:
-    """The fact that an unroll was taken in."""
+def admitted(message: Unroll, hardware: str = "") -> ExperienceAdmitted:
+    """The fact that an unroll was taken in that was made on the hardware of this id."""
     return ExperienceAdmitted(
         actor=message.actor,
         incarnation=message.incarnation,
@@ -80,4 +84,6 @@ def admitted(message: Unroll) -> ExperienceAdmitted:
         episode_numbers=message.episode_numbers,
         episodes=message.episodes,
         stage=message.stage,
+        hardware=hardware,
+        behaviour=message.behaviour,
     )

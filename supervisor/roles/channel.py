@@ -4,14 +4,27 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Final, Self
 
+from esper_simic.curriculum_facts import CurriculumReply, CurriculumRequest
 from esper_simic.errors import UnavailableError
 from esper_simic.telemetry import HistogramCounts
 from supervisor.bus import Client, Received
 from supervisor.child import ChildSpec
-from supervisor.protocol import ACCEPTS, Evaluate, FromChild, Message, Noted, Progress, Ready, Stop
+from supervisor.protocol import (
+    ACCEPTS,
+    AskCurriculum,
+    CurriculumSettled,
+    Evaluate,
+    FromChild,
+    Message,
+    Noted,
+    Progress,
+    Ready,
+    Stop,
+)
 
 PROGRESS_INTERVAL_S: Final = 0.25
 """Between two reports; the live view and TensorBoard need no more."""
@@ -36,6 +49,7 @@ class ControlChannel:
         self._next_report_s = 0.0
         self._stop: Stop | None = None
         self._tasks: list[Evaluate] = []
+        self._requests: list[CurriculumRequest] = []
 
     def __enter__(self) -> Self:
         return self
@@ -50,8 +64,18 @@ class ControlChannel:
         """To be watched by a poller."""
         return self._client
 
-    def ready(self, *, learner_step: int = 0, environment_steps: int = 0, data_digest: str = "") -> None:
-        """Say that imports are done and sockets are open; a learner says where it stands, others on which data."""
+    def ready(
+        self,
+        *,
+        learner_step: int = 0,
+        environment_steps: int = 0,
+        data_digest: str = "",
+        execution: str = "",
+    ) -> None:
+        """Say that imports are done and sockets are open.
+
+        A learner says where it stands and how it computes, others on which data.
+        """
         role, index, incarnation = self._who
         self._client.send(
             Ready(
@@ -62,6 +86,7 @@ class ControlChannel:
                 learner_step=learner_step,
                 environment_steps=environment_steps,
                 data_digest=data_digest,
+                execution=execution,
             )
         )
 
@@ -76,6 +101,16 @@ class ControlChannel:
             self._listen(timeout_ms)
         return self._tasks.pop(0) if self._tasks else None
 
+    def take_requests(self) -> list[CurriculumRequest]:
+        """What was asked of the curriculum since this was called last."""
+        taken, self._requests = self._requests, []
+        return taken
+
+    def answer(self, reply: CurriculumReply) -> None:
+        """Answer one of them. Lost on the way, it is asked again, and gets the same answer."""
+        role, index, incarnation = self._who
+        self._client.send(CurriculumSettled(role=role, index=index, incarnation=incarnation, reply=reply))
+
     def worked(self) -> None:
         """Count a unit of this child's own work."""
         self._work += 1
@@ -89,6 +124,7 @@ class ControlChannel:
         waiting_for: str = "",
         metrics: dict[str, float] | None = None,
         histograms: dict[str, HistogramCounts] | None = None,
+        notes: Sequence[str] = (),
         now: bool = False,
     ) -> None:
         """Report progress, at most every `PROGRESS_INTERVAL_S` unless `now`."""
@@ -109,6 +145,7 @@ class ControlChannel:
                 waiting_for=waiting_for,
                 metrics=metrics or {},
                 histograms=histograms or {},
+                notes=tuple(notes),
             )
         )
 
@@ -140,4 +177,6 @@ class ControlChannel:
             self._stop = message
         elif isinstance(message, Evaluate):
             self._tasks.append(message)
+        elif isinstance(message, AskCurriculum):
+            self._requests.append(message.request)
         return message

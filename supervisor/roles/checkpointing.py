@@ -22,6 +22,7 @@ from pathlib import Path
 from esper_simic.config import SupervisorConfig
 from esper_simic.errors import UnavailableError
 from esper_simic.events import CheckpointSaved, CheckpointStaged
+from esper_simic.execution import CPU, Execution
 from esper_simic.fingerprint import fingerprint
 from esper_simic.learner import Learner
 from esper_simic.learner_state import LearnerState
@@ -58,14 +59,23 @@ class Checkpointer:
         run_id: Goes into the manifests.
         limits: How often, and how many are kept.
         clock: Time.
+        execution: How the learner makes updates; for the fingerprint.
+        controller: Whose policies they are; goes into the manifests.
     """
 
     def __init__(
-        self, directory: Path, journal: Journal, run_id: str, limits: SupervisorConfig, clock: Clock
+        self,
+        directory: Path,
+        journal: Journal,
+        run_id: str,
+        limits: SupervisorConfig,
+        clock: Clock,
+        execution: Execution = CPU,
+        controller: str = "",
     ) -> None:
         self._directory, self._journal, self._run_id = directory, journal, run_id
-        self._limits, self._clock = limits, clock
-        self._fingerprint = fingerprint()
+        self._limits, self._clock, self._controller = limits, clock, controller
+        self._fingerprint = fingerprint(execution)
         self._staged: _Staged | None = None
         self._writing: _Writing | None = None
         self._prune_from: int | None = None
@@ -191,6 +201,7 @@ class Checkpointer:
             "state_digest": staged.event.state_digest,
             "fingerprint": self._fingerprint,
             "score": staged.event.score,
+            "controller": self._controller,
         }
         return checkpoints.save(self._directory, checkpoint_files(staged.state), manifest)
 

@@ -27,8 +27,9 @@ from esper_simic.evaluation import (
 from esper_simic.policies.build import build_policy
 from esper_simic.policies.lora import merged_weights
 from esper_simic.policies.policy import Policy
-from esper_simic.worlds.play import RANDOM, Acting, RandomActing, play
-from esper_simic.worlds.world import world_of
+from esper_simic.worlds.play import Acting, play
+from esper_simic.worlds.rivals import rivals
+from esper_simic.worlds.world import held_out_world_of, world_of
 from supervisor import checkpoints
 from supervisor.child import ChildSpec
 from supervisor.protocol import Evaluate, Evaluated, Stopped
@@ -136,15 +137,16 @@ def _measure_growth(config: Config, task: Evaluate, progressed: Callable[[], Non
 
 def _measure_play(config: Config, task: Evaluate, progressed: Callable[[], None]) -> Measured:
     trainer, environment = config.simic_trainer, config.environment
-    world = world_of(environment, trainer.gamma)
+    world = held_out_world_of(environment, trainer.gamma)
     policy = load_policy(config, Path(task.checkpoint)) if task.policy == LEARNED else None
+    others = rivals(environment, world.spec.action)
 
     def acting(lanes: int) -> Acting:
         if policy is not None:
             return PolicyActing(policy, lanes)
-        if task.policy != RANDOM:
+        if task.policy not in others:
             raise ContractError(f"policy {task.policy!r} cannot be measured in {environment.id}")
-        return RandomActing(world.spec.action)
+        return others[task.policy]()
 
     episodes = play(
         world,

@@ -28,13 +28,17 @@ from esper_simic.events import (
     ExperienceAdmitted,
     ExperienceRefused,
     FingerprintChanged,
+    HaltLifted,
+    HardwareNoted,
     LearnerEvent,
     LearnerRecovered,
     LearnerStepped,
+    PolicyImported,
     RunStarted,
     StepFailed,
     StepSkipped,
 )
+from esper_simic.execution import CPU, Execution
 from esper_simic.learner import Learner
 from esper_simic.learner_state import LearnerState
 from esper_simic.replay import Held
@@ -72,6 +76,8 @@ class LearnerFold:
         checkpoints_directory: Where the run's checkpoints are.
         rank: Which learner of the run.
         quarantined: Positions of records to pass over.
+        execution: How updates are made again. Where it is not exact, what comes of one may be otherwise than it was,
+            in whether it succeeds and in how much experience the next one takes, too; that ends no fold.
     """
 
     def __init__(
@@ -82,8 +88,9 @@ class LearnerFold:
         *,
         rank: int = 0,
         quarantined: Collection[int] = (),
+        execution: Execution = CPU,
     ) -> None:
-        self._config, self._rank = config, rank
+        self._config, self._rank, self._execution = config, rank, execution
         self._journal, self._checkpoints = journal, checkpoints_directory
         self._quarantined = frozenset(quarantined)
         self.learner = self._new_learner()
@@ -113,7 +120,7 @@ class LearnerFold:
 
     def _new_learner(self) -> Learner:
         world = world_of(self._config.environment, self._config.simic_trainer.gamma)
-        return Learner(self._config, world.spec, rank=self._rank)
+        return Learner(self._config, world.spec, rank=self._rank, execution=self._execution)
 
     def take(self, record: Record) -> Folded:  # noqa: PLR0911 (a table)
         """Move the state by the next record.
@@ -133,12 +140,14 @@ class LearnerFold:
             case ExperienceRefused():
                 self.learner.refuse(event)
                 return Folded(event)
+            case PolicyImported():
+                return self._import(record, event)
             case LearnerStepped():
                 return self._step(event)
             case StepFailed():
                 return self._fail(event)
-            case CurriculumJudged():
-                self.learner.judge(event)
+            case CurriculumJudged() | HaltLifted() | HardwareNoted():
+                self._note(event)
                 return Folded(event)
             case StepSkipped():
                 return Folded(event, consumed=self.learner.skip())
@@ -153,6 +162,15 @@ class LearnerFold:
             case _:
                 return Folded(event)
 
+    def _note(self, event: CurriculumJudged | HaltLifted | HardwareNoted) -> None:
+        match event:
+            case CurriculumJudged():
+                self.learner.judge(event)
+            case HaltLifted():
+                self.learner.lift(event)
+            case HardwareNoted():
+                self.learner.ledger.hardware.add(event.id)
+
     def trajectory_of(self, record: Record, event: ExperienceAdmitted) -> Trajectory:
         """The unroll of a record, decoded.
 
@@ -163,26 +181,39 @@ class LearnerFold:
         frames = record.frames[:-1] if self._config.supervisor.lockstep else record.frames
         return decode(frames, policy.spec, event.length, event.lanes, policy.state_size)
 
+    def _import(self, record: Record, event: PolicyImported) -> Folded:
+        found = self.learner.begin_with(bytes(record.frames[0]))
+        if found != event.digest:
+            raise ContractError(
+                f"the weights in record {record.position} have digest {found}, it says {event.digest}"
+            )
+        return Folded(event)
+
     def _step(self, event: LearnerStepped) -> Folded:
-        if self._quarantined and not self._can_step(event):
+        if self._is_lenient and not self._can_step(event):
             # It was made with experience that is lost now. To die of that would quarantine one update after the other.
             return Folded(event, consumed=self.learner.skip())
         report = self.learner.step(event.inputs)
-        if report.failure:
+        if report.failure and self._execution.is_exact:
             raise InvariantViolation(f"update {event.step} was made once, and fails here: {report.failure}")
         return self._reported(event, report)
 
     def _fail(self, event: StepFailed) -> Folded:
-        if self._quarantined and not self._can_step(event):
+        if self._is_lenient and not self._can_step(event):
             return Folded(event, consumed=self.learner.skip())
         return self._reported(event, self.learner.fail(event))
+
+    @property
+    def _is_lenient(self) -> bool:
+        """Whether the state may be another one than that in which the update was made."""
+        return bool(self._quarantined) or not self._execution.is_exact
 
     def _can_step(self, event: LearnerStepped | StepFailed) -> bool:
         """Whether there is enough for an update of the size that this one had."""
         if event.inputs is None:
             return self.learner.can_step()
         mode = self.learner.mode(event.inputs.at_s)
-        return self.learner.can_step(mode.batch_size(self._config.simic_trainer.batch_size))
+        return mode.may_step and self.learner.can_step(mode.batch_size(self._config.simic_trainer.batch_size))
 
     def _reported(self, event: LearnerStepped | StepFailed, report: StepReport) -> Folded:
         state_digest = report.state_digest

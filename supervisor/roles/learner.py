@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -16,7 +17,8 @@ from supervisor.child import ChildSpec
 from supervisor.clock import SystemClock
 from supervisor.files import Reserve, free_bytes
 from supervisor.journal import Journal, JournalDamage
-from supervisor.protocol import ACCEPTS, HALTED, Stopped
+from supervisor.protocol import ACCEPTS, COMPILING, HALTED, Stopped
+from supervisor.roles import way
 from supervisor.roles.attempts import Attempts
 from supervisor.roles.channel import ControlChannel
 from supervisor.roles.checkpointing import Checkpointer
@@ -61,6 +63,9 @@ def main(spec: ChildSpec) -> None:
         Attempts(run_dir / f"{spec.who.name}.attempts") as attempts,
         ControlChannel(spec, limits.frame_bytes_max) as control,
     ):
+        checkpoints = run_dir / "checkpoints"
+        execution = way.choose(config.simic_trainer, journal.directory, checkpoints, spec.who.index)
+        execution.apply()
         recovery = Recovery(
             run_dir,
             spec.run_id,
@@ -71,9 +76,13 @@ def main(spec: ChildSpec) -> None:
             clock,
             lambda progress: _report_recovery(control, progress),
             rank=spec.who.index,
+            execution=execution,
+            compiling=partial(control.report, phase=COMPILING, now=True),
         )
         learner = recovery.run().learner
-        checkpointer = Checkpointer(run_dir / "checkpoints", journal, spec.run_id, limits, clock)
+        checkpointer = Checkpointer(
+            checkpoints, journal, spec.run_id, limits, clock, execution, config.controller
+        )
         checkpointer.begin(learner.steps_done, recovery.checkpoint_step)
         if not recovery.is_exact:
             checkpointer.save(learner)
@@ -83,13 +92,18 @@ def main(spec: ChildSpec) -> None:
             accepts=ACCEPTS["learner"],
             frame_bytes_max=limits.frame_bytes_max,
         ) as server:
-            surroundings = Surroundings(clock)
+            surroundings = Surroundings(clock, execution.memory_fraction)
             loop = LearnerLoop(
                 spec, config, learner, journal, server, attempts, surroundings, traces.observer
             )
+            loop.lift_halt(spec.lift)
             loop.begin()
             journal.sync()  # where it stands is told below
-            control.ready(learner_step=learner.steps_done, environment_steps=learner.environment_steps)
+            control.ready(
+                learner_step=learner.steps_done,
+                environment_steps=learner.environment_steps,
+                execution=str(execution),
+            )
             admission = Admission(journal, run_dir)
             _learn(_Organs(loop, journal, server, control, checkpointer, admission, recovery.metrics()))
         checkpoint = checkpointer.save(learner)
@@ -134,11 +148,13 @@ class _Organs:
             environment_steps=learner.environment_steps,
             waiting_for=waiting_for,
             metrics=self.loop.metrics
+            | learner.curriculum_figures()
             | self.loop.counters()
             | self.checkpointer.metrics()
             | {"admission_paused": float(self.admission.is_paused)}
             | self.recovered,
             histograms=self.loop.histograms.by_source,
+            notes=learner.engine.computation.notes,
             now=now,
         )
 
@@ -164,6 +180,9 @@ def _learn(organs: _Organs) -> None:
         if may_step:
             loop.step()
             organs.control.worked()
+        for request in organs.control.take_requests():
+            loop.ask(request, organs.control.answer)
+        loop.answer_requests()
         loop.open_round()
         if checkpointer.is_due(loop.learner.steps_done):
             checkpointer.stage(loop.learner)

@@ -18,6 +18,7 @@ from typing import Final
 
 from esper_simic.config import Config
 from esper_simic.errors import InvariantViolation
+from esper_simic.hardware import HardwareContext
 from supervisor import faults
 from supervisor.bus import Client, Received
 from supervisor.child import ChildSpec
@@ -61,10 +62,13 @@ class LearnerLine:
         spec: Who this is.
         config: The run's configuration.
         clock: Measures silence.
+        hardware: On what this actor acts; the learner notes it.
     """
 
-    def __init__(self, spec: ChildSpec, config: Config, clock: Clock) -> None:
-        self._who, self._clock = spec.who, clock
+    def __init__(
+        self, spec: ChildSpec, config: Config, clock: Clock, hardware: HardwareContext | None = None
+    ) -> None:
+        self._who, self._clock, self._hardware = spec.who, clock, hardware
         self._lockstep = config.supervisor.lockstep
         self._client = Client(
             spec.endpoints["experience"],
@@ -177,6 +181,7 @@ class LearnerLine:
                 incarnation=who.incarnation,
                 number=self._greetings,
                 unacknowledged=self.unanswered,
+                hardware=self._hardware,
             )
         )
 

@@ -13,17 +13,31 @@ from __future__ import annotations
 import math
 from collections import Counter, deque
 from collections.abc import Callable
+from functools import partial
 
 import msgspec
 
 from esper_simic.config import Config
+from esper_simic.config_behaviour import POLICY
+from esper_simic.curriculum_facts import CurriculumReply, CurriculumRequest
 from esper_simic.errors import BudgetExceeded, ContractError, UnavailableError
-from esper_simic.events import ExperienceRefused, LearnerStepped, StepFailed
+from esper_simic.events import (
+    CurriculumJudged,
+    ExperienceRefused,
+    HardwareNoted,
+)
+from esper_simic.hardware import HardwareContext
 from esper_simic.learner import Learner
 from esper_simic.ledger import NOT_LIVING
+from esper_simic.rate_facts import Tampered
 from esper_simic.safety import StepInputs
 from esper_simic.step_report import StepReport
-from esper_simic.telemetry import Observers, StepHistograms, StepObserver, TimingObserver
+from esper_simic.telemetry import (
+    Observers,
+    StepHistograms,
+    StepObserver,
+    TimingObserver,
+)
 from esper_simic.updates.optimisers import UNWATCHED
 from supervisor import faults
 from supervisor.bus import Poller, Received, Server
@@ -44,6 +58,7 @@ from supervisor.roles.admission import admitted, check, decode_unroll, shape_of_
 from supervisor.roles.attempts import Attempts, Work
 from supervisor.roles.rounds import Arrived, Rounds
 from supervisor.roles.senders import REPEATED, Answer, Greeting, Senders
+from supervisor.roles.step_record import FaultPoints, step_fact
 from supervisor.roles.surroundings import Surroundings
 
 
@@ -91,8 +106,11 @@ class LearnerLoop:
         self._facts: Counter[str] = Counter()
         self.metrics: dict[str, float] = {}
         self.histograms = StepHistograms()
+        self._tampered = 0
+        self._hardware: dict[int, str] = {}
+        self._asked: deque[tuple[CurriculumRequest, Callable[[CurriculumReply], None]]] = deque()
         self._timing = TimingObserver(surroundings.monotonic_s)
-        self._observer: StepObserver = Observers(self._timing, observer)
+        self._observer: StepObserver = Observers(self._timing, observer, FaultPoints())
 
     @property
     def learner(self) -> Learner:
@@ -128,6 +146,8 @@ class LearnerLoop:
         if greeting is Greeting.REFUSED:
             self._count("greeting")
             return
+        if hello.hardware is not None:
+            self._note(actor, hello.hardware)
         if greeting is Greeting.BEGUN and self._rounds is not None:
             self._rounds.forget(actor)
         welcome = Welcome(
@@ -145,6 +165,13 @@ class LearnerLoop:
         self._owe(self._journal.next_position - 1, tell)
         if greeting is Greeting.BEGUN:
             self._owe_credit(self._journal.next_position - 1, actor, self._credits_each)
+
+    def _note(self, actor: int, hardware: HardwareContext) -> None:
+        """Journal on what an actor acts, where no actor did before; its unrolls name it."""
+        self._hardware[actor] = hardware.id
+        if hardware.id not in self._learner.ledger.hardware:
+            self._append(HardwareNoted(id=hardware.id, hardware=hardware))
+            self._learner.ledger.hardware.add(hardware.id)
 
     def _first_episodes(self, actor: int) -> list[int]:
         if self._rounds is None:
@@ -199,7 +226,7 @@ class LearnerLoop:
     def _admit(self, unroll: Arrived) -> None:
         faults.point("learner.admit.before")
         message = unroll.message
-        event = admitted(message)
+        event = admitted(message, self._hardware.get(message.actor, ""))
         position = self._append(event, unroll.frames)
         self._senders.admitted(message.actor, message.sequence, position)
         self._surroundings.happened(experiences=message.lanes)
@@ -212,11 +239,27 @@ class LearnerLoop:
             self._look_at_curriculum()
         faults.point("learner.admit.after")
 
+    def ask(self, request: CurriculumRequest, answer: Callable[[CurriculumReply], None]) -> None:
+        """Take a request about the curriculum; the answer is given once it is durable."""
+        self._asked.append((request, answer))
+
+    def answer_requests(self) -> None:
+        """Answer what was asked, in lockstep between two rounds only: all unrolls of a round are made in one stage."""
+        while self._asked and (self._rounds is None or not self._rounds.is_open):
+            request, answer = self._asked.popleft()
+            reply, judged = self._learner.stages.asked(request, self._now_s())
+            if judged is not None:
+                self._judge(judged)
+            self._owe(self._journal.next_position - 1, partial(answer, reply))
+
     def _look_at_curriculum(self) -> None:
-        """Journal what came of it, and send actors to another stage once that is durable."""
         verdict = self._learner.verdict(self._now_s())
-        if verdict is None:
-            return
+        if verdict is not None:
+            self._judge(verdict)
+
+    def _judge(self, verdict: CurriculumJudged) -> None:
+        """Journal what came of a look or a request, and send actors to another stage once that is durable."""
+        faults.point("learner.judge.before")
         position = self._append(verdict)
         self._attempts.begin(Work.RECORD, position)
         self._learner.judge(verdict)
@@ -224,11 +267,16 @@ class LearnerLoop:
         self._facts.update(type(fact).__name__ for fact in verdict.facts)
 
         def announce() -> None:
+            faults.point("learner.stage.before")
             self._stage = verdict.stage
 
         self._owe(position, announce)
+        faults.point("learner.judge.after")
 
     def _is_too_old(self, policy_version: int) -> bool:
+        """What another behaviour did is of no version, so of no age."""
+        if self._config.environment.behaviour != POLICY:
+            return False
         return self._learner.lag(policy_version) >= self._config.simic_trainer.max_policy_lag
 
     def _refuse(
@@ -279,6 +327,14 @@ class LearnerLoop:
         """Wait for something to happen."""
         self._surroundings.wait(poller, wait_ms)
 
+    def lift_halt(self, order: int) -> None:
+        """Let a training that has halted itself go on, if this order of an operator was not obeyed before."""
+        lifted = self._learner.lifted(order)
+        if lifted is not None:
+            self._append(lifted)
+            self._learner.lift(lifted)
+            self._facts.update(type(fact).__name__ for fact in lifted.facts)
+
     def begin(self) -> None:
         """In lockstep: finish the round that the journal ends with, as far as it is complete."""
         while self._rounds is not None and self.may_step:
@@ -294,7 +350,14 @@ class LearnerLoop:
         self._surroundings.after_step()
         self._attempts.end()
         faults.point("learner.step.after")
-        position = self._append(_fact(report, inputs))
+        if report.facts:
+            faults.point("learner.facts.before")
+        position = self._append(step_fact(report, inputs))
+        if report.facts:
+            faults.point("learner.facts.after")
+        # Found by an update's own check and not before it: that counts with the next one.
+        found = sum(isinstance(fact, Tampered) for fact in report.facts)
+        self._tampered = max(0, found - inputs.rates_tampered)
         if not report.failure:
             # How long things took is no part of the record: it comes out otherwise each time.
             self.metrics = (
@@ -319,9 +382,15 @@ class LearnerLoop:
         return self._surroundings.now_s() if self._rounds is None else self._learner.lockstep_time_s()
 
     def _inputs(self) -> StepInputs:
-        """In lockstep nothing from outside has a part in an update: the run is a function of its seed."""
+        """In lockstep nothing from outside has a part in an update: the run is a function of its seed.
+
+        But for rates that somebody has written: no run has such a thing by itself.
+        """
         inputs = self._surroundings.before_step()
-        return inputs if self._rounds is None else StepInputs(at_s=self._learner.lockstep_time_s())
+        if self._rounds is not None:
+            inputs = StepInputs(at_s=self._learner.lockstep_time_s())
+        tampered = self._learner.learning_rates.tampered() + self._tampered
+        return msgspec.structs.replace(inputs, rates_tampered=tampered)
 
     def open_round(self) -> None:
         """In lockstep, when a round is complete and no update can be made: one credit for each actor."""
@@ -410,27 +479,3 @@ class LearnerLoop:
         counts |= {f"facts.{kind}": float(count) for kind, count in self._facts.items()}
         counts |= {f"refused.frame.{cause}": float(count) for cause, count in self._server.refused.items()}
         return counts
-
-
-def _fact(report: StepReport, inputs: StepInputs) -> LearnerStepped | StepFailed:
-    """The record of an update, made or not."""
-    if report.failure:
-        return StepFailed(
-            step=report.step,
-            environment_steps=report.environment_steps,
-            digest=report.digest,
-            state_digest=report.state_digest,
-            reason=report.failure,
-            out_of_memory=report.out_of_memory,
-            inputs=inputs,
-            facts=list(report.facts),
-        )
-    return LearnerStepped(
-        step=report.step,
-        environment_steps=report.environment_steps,
-        digest=report.digest,
-        state_digest=report.state_digest,
-        metrics=report.metrics,
-        inputs=inputs,
-        facts=list(report.facts),
-    )

@@ -6,7 +6,8 @@ Before it serves anybody it journals what it reached (`LearnerRecovered`).
 A checkpoint that is not good is passed over for the one before, down to the start of the journal. What kills the
 learner again and again is not tried for ever (see `attempts`): after `recovery_attempts_max` failures at one record it
 is quarantined, at one checkpoint it is passed over, at one update it is skipped; each an event. The recovery is then
-*inexact*, and so it is when an update that was made again came out with another digest. A checkpoint must follow.
+*inexact*, and so it is when an update that was made again came out with another digest, as it may where the way of
+computing is not exact (`execution`). A checkpoint must follow.
 """
 
 from __future__ import annotations
@@ -27,17 +28,20 @@ from esper_simic.events import (
     FingerprintChanged,
     LearnerRecovered,
     LearnerStepped,
+    PolicyImported,
     RecordQuarantined,
     RunStarted,
     StepFailed,
     StepSkipped,
 )
+from esper_simic.execution import CPU, Execution, unheard
 from esper_simic.fingerprint import fingerprint
 from supervisor import checkpoints, faults
 from supervisor.clock import Clock
 from supervisor.journal import Journal, JournalDamage, read
 from supervisor.roles.attempts import Attempts, Work
 from supervisor.roles.fold import Folded, LearnerFold
+from supervisor.roles.initial_policy import InitialPolicy, read_initial_policy
 
 REPORT_INTERVAL_S: Final = 0.5
 
@@ -82,6 +86,8 @@ class Recovery:
         clock: Time.
         report: Told how far it has come, about twice a second.
         rank: Which learner of the run.
+        execution: How it makes updates.
+        compiling: Told, now and later, before an update may have to be compiled.
     """
 
     def __init__(
@@ -96,7 +102,10 @@ class Recovery:
         report: Callable[[Progress], None],
         *,
         rank: int = 0,
+        execution: Execution = CPU,
+        compiling: Callable[[], None] = unheard,
     ) -> None:
+        self._execution, self._compiling = execution, compiling
         self._checkpoints = run_dir / "checkpoints"
         self._run_id, self._incarnation, self._config = run_id, incarnation, config
         self._journal, self._attempts = journal, attempts
@@ -129,6 +138,8 @@ class Recovery:
             return self._begin()
         faults.point("recovery.begin")
         try:
+            if self._journal.next_position == 1:  # it died between the two first records
+                self._begin_with(self._new_fold(_Tail("")), self._initial_policy())
             self._quarantine()
             fold, tail = self._start()
             faults.point("recovery.buffer.after")
@@ -140,15 +151,32 @@ class Recovery:
 
     def _begin(self) -> LearnerFold:
         fold = self._new_fold(_Tail(""))
-        fold.fingerprint = fingerprint()
+        initial = self._initial_policy()  # what cannot be had leaves no journal behind
+        fold.fingerprint = fingerprint(self._execution)
         started = RunStarted(
             run_id=self._run_id,
             config=self._config.model_dump(mode="json"),
             fingerprint=fold.fingerprint,
         )
         fold.position = self._journal.append("RunStarted", started) + 1
-        self._journal.sync()
+        self._begin_with(fold, initial)
         return fold
+
+    def _initial_policy(self) -> InitialPolicy | None:
+        """The weights from elsewhere to begin with, where the configuration names some."""
+        trainer = self._config.simic_trainer
+        if trainer.initial_policy is None:
+            return None
+        policy = self._new_fold(_Tail("")).learner.policy
+        return read_initial_policy(Path(trainer.initial_policy), policy, trainer)
+
+    def _begin_with(self, fold: LearnerFold, initial: InitialPolicy | None) -> None:
+        """Journal the weights to begin with, if there are any, and take them over; all of it is durable then."""
+        if initial is not None:
+            digest = fold.learner.begin_with(initial.weights)
+            event = PolicyImported(source=initial.source, digest=digest)
+            fold.position = self._journal.append("PolicyImported", event, (initial.weights,)) + 1
+        self._journal.sync()
 
     def _quarantine(self) -> None:
         failed = self._attempts.failed
@@ -215,13 +243,16 @@ class Recovery:
         checkpoints.set_aside(directory)
 
     def _new_fold(self, tail: _Tail) -> LearnerFold:
-        return LearnerFold(
+        fold = LearnerFold(
             self._config,
             self._journal.directory,
             self._checkpoints,
             rank=self._rank,
             quarantined=tail.quarantined,
+            execution=self._execution,
         )
+        fold.learner.engine.computation.compiling = self._compiling
+        return fold
 
     def _candidates(self) -> list[tuple[Path, int]]:
         """Checkpoints of this run with a readable manifest, the newest in the journal first."""
@@ -284,7 +315,7 @@ class Recovery:
     # -- the end -------------------------------------------------------------------------------------------------
 
     def _close(self, fold: LearnerFold, tail: _Tail) -> None:
-        learner, now = fold.learner, fingerprint()
+        learner, now = fold.learner, fingerprint(self._execution)
         if fold.fingerprint != now:
             self._append(FingerprintChanged(before=fold.fingerprint, after=now))
             fold.fingerprint = now

@@ -5,6 +5,7 @@ The learner's fold reads none of this itself; what is read here stands in the jo
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Final
 
 from esper_simic.safety import StepInputs
@@ -21,10 +22,11 @@ class Surroundings:
 
     Args:
         clock: Time.
+        device_memory: Gives the share of the device's own memory that is taken; None where it has none.
     """
 
-    def __init__(self, clock: Clock) -> None:
-        self._clock = clock
+    def __init__(self, clock: Clock, device_memory: Callable[[], float | None] = lambda: None) -> None:
+        self._clock, self._device_memory = clock, device_memory
         self._operations = self._errors = self._experiences = 0
         self._step_ms: float | None = None
         self._boundary_ms: float | None = None
@@ -80,5 +82,7 @@ class Surroundings:
     def _memory_fraction(self, now_s: float) -> float:
         if self._memory is None or now_s - self._memory[0] >= MEMORY_INTERVAL_S:
             available, total = memory.machine_available_bytes(), memory.machine_total_bytes()
-            self._memory = (now_s, 1.0 - available / total)
+            # Either of them ends a run when it is full.
+            fraction = max(1.0 - available / total, self._device_memory() or 0.0)
+            self._memory = (now_s, fraction)
         return self._memory[1]

@@ -328,6 +328,27 @@ def test_it_survives_as_tensors() -> None:
         Consolidation.from_tensors(tensors | {"weight": torch.zeros(1)})
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_the_order_in_which_a_file_gives_its_tensors_is_nothing_to_it(seed: int) -> None:
+    """A checkpoint's are in no order that was chosen; and some of these are of the same shape."""
+    rng = np.random.default_rng(seed)
+    shapes = {"c": (3,), "a": (3,), "d": (2, 2), "b": (3,), "e": (4, 1)}
+
+    def drawn() -> Named:
+        return {
+            name: torch.from_numpy(rng.random(shape).astype(np.float32)) for name, shape in shapes.items()
+        }
+
+    held, parameters = Consolidation(drawn(), drawn()), drawn()
+    tensors = held.tensors()
+    order = [list(tensors)[index] for index in rng.permutation(len(tensors))]
+    again = Consolidation.from_tensors({name: tensors[name] for name in order})
+    assert torch.equal(again.penalty(parameters), held.penalty(parameters))
+    expected = sum((held.fisher[n] * (parameters[n] - held.anchors[n]).square()).sum() / 2 for n in shapes)
+    torch.testing.assert_close(again.penalty(parameters), expected)
+    assert list(again.anchors) == list(again.fisher) == list(held.anchors) == list(held.fisher)
+
+
 # -- subsets -----------------------------------------------------------------------------------------------------------
 
 

@@ -257,6 +257,7 @@ def test_a_rollback_is_a_truncation_and_the_next_episode_is_whole() -> None:
     assert (terminated.tolist(), truncated.tolist()) == ([False, False], [True, False])
     assert infos["_final_obs"].tolist() == [True, False]
     assert infos["episode"]["r"][0] == pytest.approx(-10)
+    assert infos["episode"]["rolled_back"].tolist() == [True, False]
     for _ in range(8):
         _, _, terminated, truncated, infos = env.step(waiting(env.view()))
     assert (terminated.tolist(), truncated.tolist()) == ([True, False], [False, False])

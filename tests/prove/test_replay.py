@@ -20,7 +20,12 @@ def test_an_asynchronous_run_with_four_actors_is_replayed_exactly(
     tmp_path: Path, record_proof: Callable[[str, str], None]
 ) -> None:
     run_dir = tmp_path / "run"
-    limits = ["--max-seconds", str(SECONDS), "--set=supervisor.num_actors=4"]
+    limits = [
+        "--max-seconds",
+        str(SECONDS),
+        "--set=supervisor.num_actors=4",
+        "--set=supervisor.metrics_port=null",
+    ]
     made = subprocess.run(
         [COMMAND, "run", "--run-dir", run_dir, "--no-evaluation", *limits],
         capture_output=True,

@@ -12,7 +12,7 @@ import pytest
 from esper_simic.errors import InvariantViolation
 from supervisor.journal import Record, read
 from supervisor.protocol import Progress
-from supervisor.roles import actor, learner_line
+from supervisor.roles import actor, learner_line, sources
 from tests.roles.bench import bench
 from tests.roles.pair import SMALL, Pair, Thread, control_line
 
@@ -206,7 +206,7 @@ def test_a_journal_without_an_unroll_that_the_learner_has_ends_the_life(
                 if (record.header.get("actor"), record.header.get("sequence")) != (0, stood)
             )
 
-        monkeypatch.setattr(actor, "read", without_the_last)
+        monkeypatch.setattr(sources, "read", without_the_last)
         assert f"the learner has {stood} unrolls of actor 0" in fail(run)
 
 
@@ -221,6 +221,6 @@ def test_unrolls_that_are_not_numbered_through_end_the_life(
         def without_the_first(directory: Path) -> Iterator[Record]:
             return (record for record in read(directory) if record.header.get("sequence") != 1)
 
-        monkeypatch.setattr(actor, "read", without_the_first)
+        monkeypatch.setattr(sources, "read", without_the_first)
         assert "number 1 of actor 0" in (reason := fail(run))
         assert reason.endswith("says it is 2")

@@ -87,8 +87,9 @@ def test_what_cannot_be_is_named(config: Config, changed: dict[str, Any], said: 
 
 def test_the_fact_says_what_the_message_said() -> None:
     said = msgspec.structs.asdict(message())
-    fact = msgspec.structs.asdict(admitted(message()))
+    fact = msgspec.structs.asdict(admitted(message(), "0badcafe"))
     assert fact.pop("length") == said.pop("steps")
+    assert fact.pop("hardware") == "0badcafe"
     assert fact == said
 
 
@@ -130,3 +131,14 @@ def test_out_of_lockstep_it_has_no_place(policy: GraphPolicy) -> None:
     carried = np.ones((LANES, policy.state_size), dtype="<f4").tobytes()
     with pytest.raises(ContractError, match="frames"):
         decode_unroll([*unroll_of(policy), carried], message(), policy, lockstep=False)
+
+
+def test_who_acted_is_who_acts_in_this_run(config: Config) -> None:
+    assert admitted(message()).behaviour == "policy"
+    assert admitted(message(behaviour="patient")).behaviour == "patient"
+    with pytest.raises(ContractError, match="'patient' acted; in this run it is 'policy'"):
+        check(message(behaviour="patient"), config, 9)
+    imitating = make_config("environment.behaviour=patient")
+    check(message(behaviour="patient"), imitating, 9)
+    with pytest.raises(ContractError, match="'policy' acted; in this run it is 'patient'"):
+        check(message(), imitating, 9)

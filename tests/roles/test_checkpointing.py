@@ -33,7 +33,9 @@ class Work:
         self.clock = ManualClock()
         limits = scribe.config.supervisor
         self.directory = scribe.checkpoints
-        self.checkpointer = Checkpointer(self.directory, self.journal, RUN_ID, limits, self.clock)
+        self.checkpointer = Checkpointer(
+            self.directory, self.journal, RUN_ID, limits, self.clock, controller="karn"
+        )
 
     def names(self) -> list[str]:
         """The checkpoints on the disk."""
@@ -112,6 +114,7 @@ def test_what_is_written_is_the_state_that_was_staged_whatever_is_learned_meanwh
     assert (saved.step, saved.environment_steps) == (manifest.step, manifest.environment_steps)
     assert saved.files == {name: file.sha256 for name, file in manifest.files.items()}
     assert (manifest.run_id, manifest.score) == (RUN_ID, work.learner.score)
+    assert manifest.controller == "karn", "whose policy it is"
 
     fold = LearnerFold(work.scribe.config, work.journal.directory, work.directory)
     fold.restore(work.directory / saved.directory)

@@ -13,14 +13,16 @@ import pytest
 import esper_simic  # noqa: F401 - registers the known answers
 from esper_simic import seeding
 from esper_simic.config import Config
+from esper_simic.config_behaviour import RANDOM
 from esper_simic.errors import ContractError
 from esper_simic.evaluation import LEARNED, PolicyActing, held_out_seeds
 from esper_simic.events import ExperienceAdmitted, LearnerStepped
 from esper_simic.policies.build import build_policy
 from esper_simic.trajectory import encode
 from esper_simic.unroll import begin, unroll
-from esper_simic.worlds.play import RANDOM, RandomActing, play
-from esper_simic.worlds.world import world_of
+from esper_simic.worlds.play import RandomActing, play
+from esper_simic.worlds.rivals import BEST_POSSIBLE, BEST_SINGLE, rivals
+from esper_simic.worlds.world import held_out_world_of, world_of
 from supervisor.protocol import Evaluate, Unroll
 from supervisor.roles import evaluate as role
 from supervisor.roles.admission import check, decode_unroll
@@ -237,6 +239,30 @@ def test_the_random_policy_needs_no_checkpoint() -> None:
     seeds = held_out_seeds(config.simic_trainer.seed, EPISODES)
     expected = play(world, seeds, lambda lanes: RandomActing(world.spec.action), lanes_max=LANES)
     assert found.returns == tuple(episode.episode_return for episode in expected)
+
+
+KARN = (
+    "environment.id=esper_simic/BlueprintChoice-v0",
+    "environment.kwargs={held_out_hosts: [digits/augment, wine/mlp]}",
+)
+
+
+@pytest.mark.parametrize("rival", [RANDOM, BEST_POSSIBLE, BEST_SINGLE])
+def test_rivals_choose_for_hosts_that_were_not_trained_on(rival: str) -> None:
+    config = make_config(*REAL, *KARN)
+    found, _ = measured(config, rival)
+    world = held_out_world_of(config.environment, config.simic_trainer.gamma)
+    seeds = held_out_seeds(config.simic_trainer.seed, EPISODES)
+    make = rivals(config.environment, world.spec.action)[rival]
+    expected = play(world, seeds, lambda lanes: make(), lanes_max=LANES)
+    assert found.returns == tuple(episode.episode_return for episode in expected)
+    known = play(
+        world_of(config.environment, 0.99),
+        seeds,
+        lambda lanes: RandomActing(world.spec.action),
+        lanes_max=LANES,
+    )
+    assert found.returns != tuple(episode.episode_return for episode in known)
 
 
 def test_controllers_of_hosts_have_nothing_to_do_elsewhere() -> None:

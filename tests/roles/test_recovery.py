@@ -491,7 +491,7 @@ OTHER = {"torch": "9.9.9", "threads": "64"}
 def test_another_fingerprint_is_journaled_and_equal_digests_are_exact_all_the_same(
     monkeypatch: pytest.MonkeyPatch, scribe: Scribe, run_dir: Path
 ) -> None:
-    monkeypatch.setattr(recovery_module, "fingerprint", lambda: OTHER)
+    monkeypatch.setattr(recovery_module, "fingerprint", lambda _: OTHER)
     life = live(run_dir, scribe.config)
     assert life.kinds() == ["FingerprintChanged", "LearnerRecovered"]
     changed = life.event(FingerprintChanged)

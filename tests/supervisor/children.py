@@ -8,11 +8,14 @@ import sys
 import threading
 import time
 
+from esper_simic.curriculum_facts import CurriculumReply
 from supervisor.bus import Client, Received
 from supervisor.child import ChildSpec
 from supervisor.protocol import (
     ACCEPTS,
+    AskCurriculum,
     Checkpoint,
+    CurriculumSettled,
     Evaluate,
     Evaluated,
     Message,
@@ -66,6 +69,30 @@ def echo(spec: ChildSpec) -> None:
         checkpoint = Checkpoint(
             path="checkpoints/last", learner_step=work, environment_steps=10 * work, digest="d"
         )
+    line.tell(Stopped(**line.who, checkpoint=checkpoint))  # type: ignore[arg-type]
+    line.client.close()
+
+
+def answer_requests(spec: ChildSpec) -> None:
+    """As `echo`, but a learner obeys what is asked of its curriculum, unless the stage is called `nowhere`."""
+    line = Line(spec)
+    work = 1
+    while not isinstance(message := line.hear(20), Stop):
+        work += 1
+        line.progress(work)
+        if isinstance(message, AskCurriculum):
+            asked = message.request
+            reply = CurriculumReply(
+                request_id=asked.request_id,
+                correlation_id=asked.correlation_id,
+                stage=asked.stage,
+                episodes=0,
+                success_rate=0.0,
+                advanced=True,
+                refusal="there is none" if asked.stage == "nowhere" else "",
+            )
+            line.client.send(CurriculumSettled(**line.who, reply=reply))  # type: ignore[arg-type]
+    checkpoint = Checkpoint(path="checkpoints/last", learner_step=work, environment_steps=1, digest="d")
     line.tell(Stopped(**line.who, checkpoint=checkpoint))  # type: ignore[arg-type]
     line.client.close()
 

@@ -28,7 +28,9 @@ def open_door(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
     monkeypatch.setenv("COLUMNS", "80")
 
     def call(*arguments: str | Path) -> Said:
-        monkeypatch.setattr(sys, "argv", ["simic-supervisor", *map(str, arguments)])
+        # Whoever tests on this machine at the same time has the same port.
+        unserved = ["--set", "supervisor.metrics_port=null"] if arguments[:1] == ("run",) else []
+        monkeypatch.setattr(sys, "argv", ["simic-supervisor", *map(str, arguments), *unserved])
         with pytest.raises(SystemExit) as ended:
             cli.main()
         captured = capsys.readouterr()

@@ -181,6 +181,7 @@ def _failed(report: StepReport, inputs: StepInputs) -> StepFailed:
         state_digest=report.state_digest,
         reason=report.failure,
         out_of_memory=report.out_of_memory,
+        moved=report.moved,
         inputs=inputs,
         facts=list(report.facts),
     )

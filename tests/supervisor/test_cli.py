@@ -545,6 +545,27 @@ def test_run_obeys_its_options_and_reports(
     assert "simic-supervisor run --preset digits --seed 8 --config mine.yaml" in text
 
 
+def test_run_says_when_the_return_reached_its_last_height(
+    door: Door, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def supervise(directory: Path, *_: object, observer: Any, **__: object) -> RunOutcome:
+        observer(picture(training(), learner=LearnerView(step=1, metrics={"convergence_hours": 1.25})))
+        return OUTCOME
+
+    monkeypatch.setattr(cli, "supervise", supervise)
+    said = door("run", "--run-dir", tmp_path / "run", "--set", "simic_trainer.convergence_time_hours=3")
+    text = " ".join(said.out.split())
+    assert "last new height after 1.25 h of training (convergence_time_hours: 3)" in text
+
+
+def test_run_hands_on_that_a_training_is_to_go_on(
+    door: Door, supervision: list[Supervision], tmp_path: Path
+) -> None:
+    door("run", "--run-dir", tmp_path / "one", "--train-on")
+    door("run", "--run-dir", tmp_path / "other")
+    assert [call.facts.trains_on for call in supervision] == [True, False]
+
+
 def test_run_writes_scalars_for_every_step_once(
     door: Door, supervision: list[Supervision], tmp_path: Path
 ) -> None:
@@ -567,6 +588,7 @@ def test_run_that_goes_on_says_so_and_draws_only_what_is_new(
             shot = picture(
                 training(), learner=learner, environment=EnvironmentView(steps=10 * step), resumes=1
             )
+            shot = msgspec.structs.replace(shot, execution="cpu: adam fused, compile none")
             observer(shot)
             assert (directory / "tensorboard").exists() == (step > 40)
         return OUTCOME
@@ -574,6 +596,7 @@ def test_run_that_goes_on_says_so_and_draws_only_what_is_new(
     monkeypatch.setattr(cli, "supervise", supervise)
     said = door("run", "--run-dir", tmp_path / "run")
     assert said.out.count("going on with run run-1\n") == 1
+    assert said.out.count("the learner computes on cpu: adam fused, compile none\n") == 1
     reader = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
     assert [event.step for event in reader.Scalars("losses/entropy")] == [410]
 

@@ -410,7 +410,7 @@ def test_a_repeated_command_does_nothing_and_an_unknown_one_is_refused_with_the_
     assert world.tell(CommandReceived(command_id="c1", name="stpo")) == ["CommandRefused"]
     refused = world.events[-1]
     assert isinstance(refused, CommandRefused)
-    assert refused.reason == "unknown command 'stpo'; known: stop"
+    assert refused.reason == "unknown command 'stpo'; known: stop, curriculum"
     assert world.tell(CommandReceived(command_id="c1", name="stop")) == []
     world.tell(CommandReceived(command_id="c2", name="stop"))
     assert world.tell(CommandReceived(command_id="c2", name="stop")) == []

@@ -66,6 +66,8 @@ def test_a_plan_is_read_and_written() -> None:
         ("learner:journal.sync.before:0", "takes role:point:passage"),
         ("learner:journal.sync.before:x", "takes role:point:passage"),
         (":journal.sync.before:1", "takes role:point:passage"),
+        ("learner:learner.update.half:1:sneeze", "takes role:point:passage"),
+        ("learner:learner.step.after:1:memory", "memory cannot be made to run out at learner.step.after"),
         ("learner::1", "takes role:point:passage"),
         (
             "learner:journal.snyc.before:1",
@@ -137,6 +139,23 @@ def test_a_fault_fires_at_its_passage_once_whatever_lives_come_after(tmp_path: P
     assert live(tmp_path, plan, PASSES_FIVE) == (-signal.SIGKILL, "1\n2\n3\n")
     assert fired(tmp_path, 0).exists()
     assert live(tmp_path, plan, PASSES_FIVE) == (0, "1\n2\n3\n4\n5\n")
+
+
+RUNS_SHORT = """
+from esper_simic.step_report import attempt
+for number in range(1, 5):
+    tried = attempt(lambda: faults.point("learner.update.half"), lambda: 0)
+    print(number, tried.out_of_memory, flush=True)
+"""
+
+
+@pytest.mark.processes
+def test_memory_runs_out_once_as_torch_would_say_it_and_the_process_goes_on(tmp_path: Path) -> None:
+    plan = "learner:learner.update.half:2:memory;learner:learner.update.half:1"
+    assert [fault.text for fault in parse(plan)] == plan.split(";")
+    assert live(tmp_path, plan, RUNS_SHORT) == (-signal.SIGKILL, "1 False\n2 True\n")
+    assert [fired(tmp_path, number).exists() for number in range(2)] == [True, True]
+    assert live(tmp_path, plan, RUNS_SHORT)[1] == "1 False\n2 False\n3 False\n4 False\n"
 
 
 @pytest.mark.processes

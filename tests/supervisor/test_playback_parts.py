@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from esper_simic.events import LEARNER_EVENTS
+from esper_simic.events import LEARNER_EVENTS, HardwareNoted
+from esper_simic.hardware import HardwareContext
 from supervisor.playback import RequestError, parse_break
 from supervisor.playback.breaks import OPERATORS
 from supervisor.playback.compare import (
@@ -246,6 +247,8 @@ def example(kind: type[Any]) -> Any:
         for field in msgspec.structs.fields(kind)
     }
     filled |= {name: [] for name in ("episodes",) if name in filled}
+    if "hardware" in filled and kind is HardwareNoted:
+        filled["hardware"] = HardwareContext(device_type="cpu", device_id="words", total_memory_gb=1.5)
     return kind(**filled)
 
 

@@ -11,6 +11,7 @@ import msgspec
 import psutil
 import pytest
 
+from esper_simic.config import parse
 from esper_simic.errors import ConfigError, UnavailableError
 from esper_simic.events import ExperienceAdmitted, LearnerStepped
 from supervisor import faults
@@ -30,6 +31,7 @@ from supervisor.recovery_proof import (
     table,
     training_after,
 )
+from supervisor.recovery_proof.campaign import SETTINGS, TROUBLE, settings_of
 from supervisor.recovery_proof.evidence import Noted, Promise
 from supervisor.recovery_proof.planning import DAILY_PASSAGE, NOT_PASSED
 from supervisor.recovery_proof.verdict import Row, rows
@@ -107,6 +109,15 @@ def test_a_fault_that_cannot_fire_yet_never_holds_up_the_others() -> None:
     assert plan("supervisor")[-1].point == "supervisor.noted.before", "only an orderly stop passes it"
     alone = plan("learner", ["recovery.fold.after"])
     assert [fault.point for fault in alone] == ["checkpoint.prune.before", "recovery.fold.after"]
+
+
+def test_what_lies_beside_the_daily_work_is_proven_in_a_run_with_trouble() -> None:
+    for point in ("learner.facts.after", "learner.judge.before", "learner.stage.before"):
+        assert settings_of(plan("learner", [point])) == {**SETTINGS, **TROUBLE}
+    assert settings_of(plan("learner", ["learner.step.after"])) == SETTINGS
+    config = parse("", assignments=[f"{key}={value}" for key, value in {**SETTINGS, **TROUBLE}.items()])
+    assert config.simic_trainer.follows_curriculum
+    assert config.simic_trainer.vtrace_log_ratio_max == TROUBLE["simic_trainer.vtrace_log_ratio_max"]
 
 
 def test_points_of_other_roles_are_passed_over_and_unknown_ones_refused() -> None:

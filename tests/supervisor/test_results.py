@@ -12,7 +12,7 @@ from rich.console import Console
 
 from esper_simic.comparison import interquartile_mean, mean_interval, paired
 from supervisor.events import FIXED, PolicyEvaluated
-from supervisor.results import number, result_table, show_results, verdict
+from supervisor.results import number, regrets, result_table, show_results, verdict
 from supervisor.standings import Row, chance, compare
 
 SEED = 7
@@ -112,6 +112,21 @@ def test_the_verdict_names_each_rival_and_nothing_that_it_does_not_have() -> Non
         "learned against fixed-network: lower in host accuracy; no clear difference in parameters added",
     ]
     assert verdict(rows({"random": RESULTS["random"]})) == []
+
+
+def test_where_the_best_is_known_everybody_has_a_regret() -> None:
+    """In the mean, for returns of choices are skewed; without the best there is nothing to regret."""
+    assert regrets(rows()) == []
+    known = RESULTS | {"best-possible": evaluated("best-possible", 7.5, wobble=0.5)}
+    hard = sum(HARD) / len(HARD)
+    assert regrets(rows(known)) == [
+        f"learned: mean return +{5 - hard:.3f}, mean regret 2.500",
+        f"heuristic: mean return +{4.5 - hard:.3f}, mean regret 3.000",
+        f"patient: mean return +{6 - hard:.3f}, mean regret 1.500",
+        f"random: mean return +{5 - hard:.3f}, mean regret 2.500",
+        f"best-possible: mean return +{7.5 - hard:.3f}, mean regret 0.000",
+    ]
+    assert "mean regret 2.500" in shown(results=known)
 
 
 def test_the_table_is_at_most_110_columns_wide_and_ascii_off_a_terminal() -> None:

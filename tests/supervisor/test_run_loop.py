@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ import psutil
 import pytest
 
 from esper_simic.config import Config
+from esper_simic.curriculum_facts import CoordinationMode, CurriculumRequest
 from esper_simic.errors import ConfigError, UnavailableError
 from supervisor import files
 from supervisor.bus import Client, Received
@@ -186,7 +188,11 @@ SUPERVISOR_SCRIPT = textwrap.dedent(
     import sys
     from pathlib import Path
     from tests.supervisor.test_run_loop import train
-    outcome = train(Path(sys.argv[1]), roles={"actor": "tests.supervisor.children:" + sys.argv[2]}, max_seconds=None)
+    roles = {
+        role: "tests.supervisor.children:" + name
+        for role, name in zip(("actor", "learner"), sys.argv[2:], strict=True)
+    }
+    outcome = train(Path(sys.argv[1]), roles=roles, max_seconds=None)
     sys.exit(outcome.exit_code)
     """
 )
@@ -201,15 +207,18 @@ class Remote:
     def wait_for(self, phase: Phase) -> None:
         until(lambda: self._phase() is phase)
 
-    def ask(self, message: Message) -> Message:
+    def line(self) -> Client:
         address = msgspec.json.decode((self.run_dir / "supervisor.json").read_bytes())
-        with Client(
+        return Client(
             address["endpoint"],
-            f"operator-{os.getpid()}",
+            f"operator-{uuid.uuid4().hex}",
             run_id=address["run_id"],
             accepts=ACCEPTS["operator"],
             frame_bytes_max=2**20,
-        ) as client:
+        )
+
+    def ask(self, message: Message) -> Message:
+        with self.line() as client:
             client.send(message)
             heard = client.receive(10_000)
         assert isinstance(heard, Received)
@@ -224,8 +233,8 @@ class Remote:
 
 
 @contextmanager
-def remote(run_dir: Path, actors: str = "echo") -> Iterator[Remote]:
-    command = [sys.executable, "-c", SUPERVISOR_SCRIPT, str(run_dir), actors]
+def remote(run_dir: Path, actors: str = "echo", learner: str = "echo") -> Iterator[Remote]:
+    command = [sys.executable, "-c", SUPERVISOR_SCRIPT, str(run_dir), actors, learner]
     # A session of its own stands for a terminal: a signal to the group reaches supervisor and children alike.
     process = subprocess.Popen(command, cwd=Path(__file__).parents[2], start_new_session=True)
     try:
@@ -396,6 +405,54 @@ def test_a_damaged_journal_of_the_supervisor_is_named_before_anything_starts(tmp
     assert segment.read_bytes() == data
 
 
+def wish(name: str, stage: str) -> Command:
+    request = CurriculumRequest(
+        request_id=name,
+        stage=stage,
+        difficulty=0.5,
+        min_success_rate=0.5,
+        min_episodes=1,
+        max_episodes=2,
+        mode=CoordinationMode.STRATEGY_DRIVEN,
+        issued_at_s=0.0,
+    )
+    return Command(command_id=name, name="curriculum", request=request)
+
+
+def test_an_operator_asks_something_of_the_curriculum_and_gets_the_learners_answer(tmp_path: Path) -> None:
+    with remote(tmp_path, learner="answer_requests") as supervisor:
+        supervisor.wait_for(Phase.TRAINING)
+        obeyed = supervisor.ask(wish("c1", "walk"))
+        assert isinstance(obeyed, CommandReply)
+        assert (obeyed.accepted, obeyed.reason) == (True, "")
+        assert obeyed.reply is not None
+        assert (obeyed.reply.stage, obeyed.reply.advanced) == ("walk", True)
+        refused = supervisor.ask(wish("c2", "nowhere"))
+        assert isinstance(refused, CommandReply)
+        assert (refused.accepted, refused.reason) == (False, "there is none")
+        assert supervisor.ask(wish("c1", "walk")) == msgspec.structs.replace(
+            obeyed, position=refused.position
+        )
+        asked = [name for name in kinds(tmp_path) if name.startswith("Curriculum")]
+        assert asked == ["CurriculumRequested", "CurriculumAnswered"] * 2
+        supervisor.ask(Command(command_id="s", name="stop"))
+        assert supervisor.process.wait(DEADLINE_S) == 0
+
+
+def test_a_request_that_nobody_can_answer_any_more_is_refused(tmp_path: Path) -> None:
+    with remote(tmp_path) as supervisor:
+        supervisor.wait_for(Phase.TRAINING)
+        with supervisor.line() as client:
+            client.send(wish("c1", "walk"))
+            until(lambda: "CurriculumRequested" in kinds(tmp_path))
+            supervisor.ask(Command(command_id="s", name="stop"))
+            heard = client.receive(10_000)
+        assert isinstance(heard, Received)
+        assert isinstance(heard.message, CommandReply)
+        assert "before the learner answered" in heard.message.reason
+        assert supervisor.process.wait(DEADLINE_S) == 0
+
+
 def test_an_operator_asks_for_the_status_and_for_the_end(tmp_path: Path) -> None:
     with remote(tmp_path) as supervisor:
         supervisor.wait_for(Phase.TRAINING)
@@ -407,7 +464,10 @@ def test_an_operator_asks_for_the_status_and_for_the_end(tmp_path: Path) -> None
         assert roles == ["actor", "actor", "learner"]
         refused = supervisor.ask(Command(command_id="c1", name="dance"))
         assert isinstance(refused, CommandReply)
-        assert (refused.accepted, refused.reason) == (False, "unknown command 'dance'; known: stop")
+        assert (refused.accepted, refused.reason) == (
+            False,
+            "unknown command 'dance'; known: stop, curriculum",
+        )
         accepted = supervisor.ask(Command(command_id="c2", name="stop"))
         assert isinstance(accepted, CommandReply)
         assert accepted.accepted

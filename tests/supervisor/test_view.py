@@ -253,6 +253,14 @@ def test_troubles_and_notes_are_shown_until_they_are_over() -> None:
         assert "note        not exact\n" in out.getvalue()
 
 
+def test_how_the_learner_computes_is_shown_once_it_is_known() -> None:
+    for page in (status_page, lambda shot: picture(shot, 0.0)):
+        for said in ("", "cpu: adam fused, compile none"):
+            console, out = pipe()
+            show(console, page(snapshot(execution=said)))
+            assert ("computes    cpu: adam fused, compile none\n" in out.getvalue()) == bool(said)
+
+
 def test_limits_are_those_of_this_invocation_and_updates_those_of_the_run() -> None:
     gone_on = EnvironmentView(steps=12_800, before=12_000)
     shot = snapshot(environment=gone_on, max_seconds=None, max_steps=1_000)
@@ -430,6 +438,12 @@ def test_the_report_of_a_run_that_can_go_on_says_how_first(outcome: Any) -> None
 # The status page
 
 
+def test_the_status_page_says_whose_controller_it_is() -> None:
+    console, out = pipe()
+    show(console, status_page(snapshot(controller="karn")))
+    assert "controller  karn\n" in out.getvalue()
+
+
 def test_the_status_page_has_the_mean_rate_the_reason_and_the_checkpoint() -> None:
     console, out = pipe()
     ended = snapshot(
@@ -441,6 +455,7 @@ def test_the_status_page_has_the_mean_rate_the_reason_and_the_checkpoint() -> No
     assert "reason      requested\n" in text
     assert "checkpoint  /runs/a/checkpoints/step-7\n" in text
     assert "evaluation  1 of 2 policies measured\n" in text
+    assert "controller" not in text, "older runs do not say"
     assert "left" not in text
 
 

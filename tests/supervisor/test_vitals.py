@@ -11,15 +11,15 @@ import psutil
 
 from esper_simic.config import SupervisorConfig
 from esper_simic.telemetry import StepHistograms
-from supervisor.events import ChildId, ExitReason
+from supervisor.events import ChildId, ChildSaidReady, ExitReason
 from supervisor.memory import (
     machine_available_bytes,
     machine_total_bytes,
     proportional_bytes,
     resident_bytes,
 )
-from supervisor.protocol import Progress
-from supervisor.vitals import Snapshot, Vitals
+from supervisor.protocol import COMPILING, Progress
+from supervisor.vitals import COMPILING_GRACE_S, Snapshot, Vitals
 from tests.supervisor.worlds import LEARNER, World, actor, learner, pid_of
 
 
@@ -49,6 +49,20 @@ def test_who_waits_is_excused_while_another_is_at_it_and_not_when_all_wait() -> 
     vitals.heard(report(actor(0), 1, waiting_for="credit"), 90.0)
     assert set(vitals.progressed_at_s(91.0, BOTH).values()) == {52.0}, (
         "a circle of waiting is nobody's progress"
+    )
+
+
+def test_a_learner_that_compiles_may_be_silent_for_long_and_not_for_ever() -> None:
+    vitals = Vitals()
+    vitals.heard(report(LEARNER, 4, learner_step=9, metrics={"loss": 1.0}), 10.0)
+    vitals.heard(report(LEARNER, 4, phase=COMPILING), 20.0)
+    assert vitals.progressed_at_s(900.0, [LEARNER]) == {LEARNER: 900.0}
+    assert vitals.progressed_at_s(20.5 + COMPILING_GRACE_S, [LEARNER]) == {LEARNER: 20.0 + COMPILING_GRACE_S}
+    shown = snapshot(World(), vitals).learner
+    assert (shown.step, shown.metrics) == (9, {"loss": 1.0}), "what it said before stands"
+    vitals.heard(report(LEARNER, 5, learner_step=10), 1000.0)
+    assert vitals.progressed_at_s(1100.0, [LEARNER]) == {LEARNER: 1000.0}, (
+        "then the clock runs as for everybody"
     )
 
 
@@ -166,6 +180,18 @@ def test_troubles_and_notes_are_read_from_the_learners_metrics() -> None:
         "2 records of the learner's journal are quarantined: not learned from",
     ]
     assert shot.notes == ["the learner's last recovery was not exact: see LearnerRecovered in its journal"]
+
+
+def test_what_the_learner_notes_of_itself_and_how_it_computes_is_in_the_picture() -> None:
+    world, vitals = World(), Vitals()
+    world.spawn()
+    assert (snapshot(world, vitals).execution, snapshot(world, vitals).notes) == ("", [])
+    said = ChildSaidReady(child=LEARNER, pid=pid_of(LEARNER), execution="cpu: adam fused, compile none")
+    assert "ChildReady" in world.tell(said)
+    vitals.heard(msgspec.structs.replace(report(LEARNER, 1), notes=("the loss is run as it is",)), 1.0)
+    shot = snapshot(world, vitals)
+    assert shot.notes == ["the loss is run as it is"]
+    assert shot.execution == "cpu: adam fused, compile none"
 
 
 def snapshot(world: World, vitals: Vitals) -> Snapshot:

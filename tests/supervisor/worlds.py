@@ -55,6 +55,7 @@ def begun(
     started_unix_s: float = 0.0,
     *,
     is_extended: bool = False,
+    trains_on: bool = False,
 ) -> RunBegun:
     return RunBegun(
         run_id="run-1",
@@ -71,6 +72,7 @@ def begun(
         started_unix_s=started_unix_s,
         evaluation_policies=policies,
         is_extended=is_extended,
+        trains_on=trains_on,
     )
 
 
@@ -85,11 +87,21 @@ class World:
         self.events: list[AnyEvent] = []
         self.tell(begun(policies, self.config))
 
-    def resume(self, is_extended: bool = False, /, **changed: float | None) -> list[str]:
+    def resume(
+        self, is_extended: bool = False, trains_on: bool = False, /, **changed: float | None
+    ) -> list[str]:
         """Another supervisor takes over, whatever became of the one before; its clock begins at 0."""
         self.config = SupervisorConfig.model_validate(self.config.model_dump() | changed)
         self.now_s = 0.0
-        return self.tell(begun(self.policies, self.config, started_unix_s=1000.0, is_extended=is_extended))
+        return self.tell(
+            begun(
+                self.policies,
+                self.config,
+                started_unix_s=1000.0,
+                is_extended=is_extended,
+                trains_on=trains_on,
+            )
+        )
 
     def tell(self, observed: AnyInput) -> list[str]:
         """Decide and fold; the names of the events that followed."""

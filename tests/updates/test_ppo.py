@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 
 from esper_simic.algorithms.entropy_floor import EntropyFloor, entropy_floor_scale
 from esper_simic.algorithms.ppo import KL_STOP_FACTOR, minibatches, ppo_loss, ppo_targets
+from esper_simic.breaker import VtraceVerdict, judge_vtrace
 from esper_simic.safety import StepMode
 from esper_simic.updates import ppo as ppo_module
 from tests.updates.ground import LANES, SPECS, Ground, T, copied, weights
@@ -156,6 +158,19 @@ def test_advantages_are_vtraces_in_appo_while_it_can_be_trusted(
     assert (asked["clip_rho"], asked["clip_c"], asked["clip_importance"]) == (2.0, 1.5, 1.2)
     assert torch.allclose(asked["log_rhos"], torch.tensor(offset), atol=1e-4)
     assert (updated.ratios is not None) == (algorithm == "APPO"), "PPO has no breaker to open"
+
+
+@pytest.mark.parametrize("spoilt", [math.nan, math.inf, -math.inf])
+def test_ratios_that_are_no_numbers_are_appos_failure_and_not_its_updates(spy: Spy, spoilt: float) -> None:
+    ground = Ground("APPO")
+    ground.trajectory.behaviour_log_probs[0, 0] = spoilt
+    updated = ground.update()
+    assert updated.ratios is not None
+    assert judge_vtrace(updated.ratios, ground.trainer) is VtraceVerdict.NOT_FINITE
+    (asked,) = spy.targets
+    assert asked["advantages"] == "gae"
+    assert bool((asked["log_rhos"] == 0).all()), "as TD(0) of IMPALA: nothing corrects this batch"
+    assert all(math.isfinite(value) for value in updated.metrics.values())
 
 
 def test_advantages_are_normalised_over_the_whole_batch_if_so_configured(spy: Spy) -> None:

@@ -57,6 +57,8 @@ def test_a_gymnasium_configuration_survives_being_written_out_whole():
         ("{id: CartPole-v1, kwargs: {num_envs: 3}}", "'num_envs' is not for a configuration"),
         ("{id: CartPole-v1, kwargs: {when: 2026-01-01}}", "'when' must be made of texts"),
         ("{id: CartPole-v1, kwargs: {deep: {1: 2}}}", "'deep' must be made of texts"),
+        ("{id: CartPole-v1, kwargs: {lost: [1, .nan]}}", "'lost' must be made of texts, finite numbers"),
+        ("{id: CartPole-v1, kwargs: {far: -.inf}}", "'far' must be made of texts, finite numbers"),
         ("{id: CartPole-v1, vectorised: sometimes}", "'auto' or 'never'"),
     ],
 )

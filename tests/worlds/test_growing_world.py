@@ -7,11 +7,14 @@ import pytest
 
 from esper_simic.actions import HEADS
 from esper_simic.config import EnvironmentConfig
+from esper_simic.config_trainer import TrainerConfig
 from esper_simic.errors import ConfigError
 from esper_simic.growing_host.controllers import RandomController
 from esper_simic.growing_host.spaces import observation_spec_of
 from esper_simic.growing_host.tasks import load_task
 from esper_simic.growing_host.vector import GrowingHostVectorEnv
+from esper_simic.policies.build import build_policy
+from esper_simic.unroll import begin, unroll
 from esper_simic.worlds.growing import GrowingWorld
 from esper_simic.worlds.gymnasium_world import GymnasiumWorld
 from esper_simic.worlds.world import world_of
@@ -51,6 +54,7 @@ def test_lanes_are_the_vector_environment(stagger):
                 name: episode[name][lane] for name in ("accuracy", "parameters_added", "fossils")
             }
             assert outcome.success == (episode["accuracy"][lane] >= 10)
+            assert not infos["episode"]["rolled_back"][lane]
     lanes.close()
     assert ends[0] == ((1, 0) if stagger else (5, 0))
 
@@ -102,3 +106,17 @@ def test_another_id_is_another_world():
 def test_a_host_that_cannot_be_grown_here_is_refused():
     with pytest.raises(ConfigError, match="series"):
         GrowingWorld(EnvironmentConfig(host="series"), 0.99).digest()
+
+
+def test_an_episode_that_the_governor_ended_says_so():
+    world = GrowingWorld(SMALL, 0.97)
+    lanes = world.lanes([3, 4], [0, 0], stagger=False)
+    observed, _ = lanes.reset()
+    trainer = TrainerConfig(hidden_size=16, graph_layers=1)
+    policy = build_policy(world.spec, trainer, np.random.default_rng(0))
+    carry = begin(policy, observed, [3, 4], np.zeros(2, dtype=np.int64))
+    lanes.hosts._hosts.bank.parameters[0, 5] = float("nan")
+    _, (ended,) = unroll(policy, lanes, carry, 1)
+    assert (ended.lane, ended.truncated, ended.cut, ended.rolled_back) == (0, True, True, True)
+    _, finished = unroll(policy, lanes, carry, 6)
+    assert {one.rolled_back for one in finished} == {False}

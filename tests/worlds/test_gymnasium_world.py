@@ -174,6 +174,75 @@ def test_what_cannot_be_reset_says_so_before_a_run_begins():
         del gymnasium.registry["tests/Stubborn-v0"]
 
 
+class Masked(gymnasium.Env):
+    """Two of three choices are legal; the next one is shown by its number."""
+
+    def __init__(self, choices: int = 3, **kwargs: Any) -> None:
+        self.action_space = gymnasium.spaces.Discrete(choices)
+        self.observation_space = gymnasium.spaces.Dict(
+            {"observation": gymnasium.spaces.Discrete(3), "action_mask": gymnasium.spaces.MultiBinary(3)}
+        )
+        self._illegal = 0
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self._illegal = int(self.np_random.integers(3))
+        return self._seen(), {}
+
+    def step(self, action):
+        reward = float(action != self._illegal)
+        self._illegal = (self._illegal + 1) % 3
+        return self._seen(), reward, False, self._illegal == 0, {}
+
+    def _seen(self):
+        mask = np.ones(3, dtype=np.int8)
+        mask[self._illegal] = 0
+        return {"observation": self._illegal, "action_mask": mask}
+
+
+class MaskedVector(gymnasium.vector.SyncVectorEnv):
+    """Resets ended lanes itself."""
+
+    metadata = {"autoreset_mode": gymnasium.vector.AutoresetMode.SAME_STEP}  # noqa: RUF012 - as Gymnasium has it
+
+    def __init__(self, num_envs: int = 1, **kwargs: Any) -> None:
+        mode = gymnasium.vector.AutoresetMode.SAME_STEP
+        super().__init__([Masked] * num_envs, autoreset_mode=mode)
+
+
+@pytest.fixture
+def masked():
+    gymnasium.register("tests/Masked-v0", entry_point=Masked, vector_entry_point=MaskedVector)
+    yield "tests/Masked-v0"
+    del gymnasium.registry["tests/Masked-v0"]
+
+
+def test_masks_of_any_environment_reach_whoever_acts(masked):
+    """Also where its own vector form resets ended lanes itself: that one is not used then."""
+    world = GymnasiumWorld(masked)
+    assert world.spec == VectorSpec(3, Choices(("action",), (3,)), masked=True)
+    lanes = world.lanes([1, 2], [0, 0], stagger=False)
+    observed, _ = lanes.reset()
+    ended = 0
+    for _ in range(8):
+        assert np.array_equal(observed["action_mask"], 1 - observed["vector"])
+        before, action = observed, observed["action_mask"].argmax(axis=1)[:, None]
+        observed, reward, _, truncated, infos = lanes.step(action)
+        assert reward.tolist() == [1.0, 1.0]
+        for lane in np.flatnonzero(truncated):
+            ended += 1
+            assert infos["final_obs"]["action_mask"][lane].tolist() == [0, 1, 1]
+            assert before["action_mask"][lane].tolist() == [1, 1, 0]
+    assert ended > 2
+
+
+def test_a_mask_has_one_entry_for_each_choice(masked):
+    with pytest.raises(
+        ConfigError, match="an action mask of 3 entries, and its actions are .*one entry for each c"
+    ):
+        GymnasiumWorld(masked, {"choices": 4}, vectorised=False)
+
+
 def test_gymnasium_worlds_load_no_torch():
     script = (
         "import sys, esper_simic\n"

@@ -143,3 +143,14 @@ def test_random_choices_are_legal_at_the_ends():
     acting = RandomActing(Choices(("a", "b"), (2, 5)))
     ends = np.array([[0.0, 0.0], [np.nextafter(1, 0)] * 2])
     assert acting.act({}, np.zeros(2, dtype=bool), ends).tolist() == [[0, 0], [1, 4]]
+
+
+def test_random_choices_are_legal_under_a_mask_and_alike_often():
+    acting = RandomActing(Choices(("a", "b"), (3, 2)))
+    mask = np.tile(np.array([1, 0, 1, 0, 1], dtype=np.int8), (9_000, 1))
+    uniforms = np.random.default_rng(0).random((9_000, 2))
+    uniforms[:2] = [[0.0, 0.0], [np.nextafter(1, 0)] * 2]
+    actions = acting.act({"action_mask": mask}, np.zeros(9_000, dtype=bool), uniforms)
+    assert actions[:2].tolist() == [[0, 1], [2, 1]]
+    assert np.bincount(actions[:, 0], minlength=3) / 9_000 == pytest.approx([0.5, 0, 0.5], abs=0.02)
+    assert set(actions[:, 1].tolist()) == {1}

@@ -150,3 +150,33 @@ def test_actions_that_no_policy_makes(space, says):
     with pytest.raises(ConfigError, match=says) as refused:
         ActionForm(space, "some/Thing-v3")
     assert refused.value.key == "environment.id"
+
+
+def test_a_mask_stands_beside_the_vector():
+    space = spaces.Dict(
+        {
+            "observation": spaces.MultiDiscrete([2, 3]),
+            "action_mask": spaces.Box(0, 1, (2, 2), dtype=np.uint8),
+        }
+    )
+    form = ObservationForm(space, "it")
+    assert (form.features, form.mask_size) == (5, 4)
+    observed = {
+        "observation": np.array([[1, 2], [0, 0]]),
+        "action_mask": np.array([[[1, 0], [1, 1]], [[0, 1], [0, 1]]], dtype=np.uint8),
+    }
+    vectors = form.vectors(observed)
+    assert vectors.shape == (2, 9)
+    named = form.named(vectors)
+    assert named["vector"].tolist() == [[0, 1, 0, 0, 1], [1, 0, 1, 0, 0]]
+    assert named["action_mask"].tolist() == [[1, 0, 1, 1], [0, 1, 0, 1]]
+    assert named["action_mask"].dtype == np.int8
+    plain = ObservationForm(spaces.Discrete(2), "it")
+    assert plain.mask_size == 0
+    assert set(plain.named(np.zeros((1, 2), dtype=np.float32))) == {"vector"}
+
+
+def test_other_dictionaries_are_no_vectors():
+    for keys in (["observation"], ["observation", "action_mask", "more"]):
+        with pytest.raises(ConfigError, match="of which no vector is made"):
+            ObservationForm(spaces.Dict({key: spaces.Discrete(2) for key in keys}), "it")

@@ -1,0 +1,139 @@
+"""`simic-supervisor curriculum`: asking something of the curriculum of a run that trains."""
+
+# ruff: noqa: T201 - the door's own words
+
+from __future__ import annotations
+
+import time
+import uuid
+from pathlib import Path
+from typing import Annotated, Final
+
+import msgspec
+import typer
+
+from esper_simic.config import parse
+from esper_simic.config_curriculum import CurriculumStage
+from esper_simic.curriculum_facts import CoordinationMode, CurriculumReply, CurriculumRequest
+from esper_simic.errors import UnavailableError
+from supervisor import status
+from supervisor.cli_common import (
+    FAILED,
+    NOT_RUNNING,
+    OK,
+    UNKNOWN,
+    USAGE,
+    JsonOption,
+    RunArgument,
+    directory_of,
+    fail,
+)
+from supervisor.coordination import COMMAND
+
+STAGE_METRIC: Final = "curriculum_stage"
+
+
+def curriculum(
+    run_dir: RunArgument = None,
+    advance: Annotated[
+        bool, typer.Option("--advance", help="Go on to the next stage now, and stay.")
+    ] = False,
+    hold: Annotated[bool, typer.Option("--hold", help="Stay in this stage until told otherwise.")] = False,
+    release: Annotated[
+        bool, typer.Option("--release", help="Go by the run's own stages again, whatever was asked before.")
+    ] = False,
+    stage: Annotated[str | None, typer.Option(metavar="NAME", help="The stage that --mode is about.")] = None,
+    mode: Annotated[
+        str,
+        typer.Option(
+            metavar="|".join(CoordinationMode.__members__),
+            help="With --stage: who sets the pace; see the decision about the curriculum.",
+        ),
+    ] = CoordinationMode.STRATEGY_DRIVEN.value,
+    min_success_rate: Annotated[
+        float | None, typer.Option(help="TASK_DRIVEN: instead of the stage's.")
+    ] = None,
+    min_episodes: Annotated[int | None, typer.Option(help="TASK_DRIVEN: instead of the stage's.")] = None,
+    max_episodes: Annotated[int | None, typer.Option(help="TASK_DRIVEN: instead of the stage's.")] = None,
+    request_id: Annotated[
+        str | None, typer.Option(help="A repeated one gets its first answer; default: a new one.")
+    ] = None,
+    wait_seconds: Annotated[float, typer.Option(help="How long to wait for the answer.")] = 60.0,
+    as_json: JsonOption = False,
+) -> None:
+    """Ask something of the curriculum of a run that trains, and tell the answer.
+
+    Exit status 0 where it was obeyed, 1 where it was refused, 3 where nobody answers.
+    """
+    if sum((advance, hold, release, stage is not None)) != 1:
+        fail("ask one thing: --advance, --hold, --release or --stage NAME", USAGE)
+    if mode not in CoordinationMode.__members__:
+        fail(f"--mode is {' or '.join(CoordinationMode.__members__)}, not {mode!r}", USAGE)
+    directory = directory_of(run_dir)
+    stages = _stages(directory)
+    if stage is None:
+        asked = CoordinationMode.INDEPENDENT if release else CoordinationMode.STRATEGY_DRIVEN
+        about = stages[min(_present(directory) + advance, len(stages) - 1)]
+    else:
+        asked = CoordinationMode(mode)
+        # An unknown one is the learner's to refuse: it knows what it follows.
+        about = next((one for one in stages if one.name == stage), stages[0])
+    request = CurriculumRequest(
+        request_id=request_id or uuid.uuid4().hex,
+        stage=about.name if stage is None else stage,
+        difficulty=about.difficulty,
+        min_success_rate=about.min_success_rate if min_success_rate is None else min_success_rate,
+        min_episodes=about.min_episodes if min_episodes is None else min_episodes,
+        max_episodes=about.max_episodes if max_episodes is None else max_episodes,
+        mode=asked,
+        issued_at_s=time.time(),
+    )
+    raise typer.Exit(_told(directory, request, wait_seconds, as_json=as_json))
+
+
+def _told(directory: Path, request: CurriculumRequest, wait_s: float, *, as_json: bool) -> int:
+    """Ask, and print the answer; the exit status."""
+    try:
+        answer = status.command(directory, COMMAND, request.request_id, request, int(1000 * wait_s))
+    except UnavailableError as error:
+        if not status.is_supervised(directory):
+            fail(str(error), NOT_RUNNING)
+        fail(
+            f"no answer within {wait_s:g} s; the same command with --request-id {request.request_id} tells it later",
+            NOT_RUNNING,
+        )
+    if as_json:
+        print(msgspec.json.encode(answer).decode())
+    elif answer.accepted and answer.reply is not None:
+        print(_words(answer.reply))
+    if not answer.accepted:
+        fail(f"refused: {answer.reason}", FAILED)
+    return OK
+
+
+def _words(reply: CurriculumReply) -> str:
+    went_on = "went on to" if reply.advanced else "is in"
+    return (
+        f"granted: the training {went_on} stage {reply.stage!r}, {reply.episodes} episodes in its round, "
+        f"success rate {reply.success_rate:.2f}"
+    )
+
+
+def _stages(directory: Path) -> tuple[CurriculumStage, ...]:
+    """The stages of the run, as its journal has them."""
+    try:
+        started = status.state_of(directory).started
+    except UnavailableError as error:
+        fail(str(error), UNKNOWN)
+    text = "" if started is None else started.config_text
+    return parse(text).simic_trainer.curriculum_stages
+
+
+def _present(directory: Path) -> int:
+    """The index of the stage that is on, as the learner last said."""
+    if not status.is_supervised(directory):
+        fail(f"no supervisor lives in {directory}", NOT_RUNNING)
+    found = status.observe(directory).learner.metrics.get(STAGE_METRIC)
+    if found is None:
+        fail("the learner has not said yet in which stage it is, or follows no curriculum", FAILED)
+    return int(found)

@@ -1,0 +1,81 @@
+"""A training that halted itself, or met its timeout, goes on where an operator asks for it."""
+
+from __future__ import annotations
+
+import pytest
+
+from supervisor.events import ProgressHeard, RunResumed
+from supervisor.state import Phase
+from tests.supervisor.worlds import LEARNER, World, actor, learner
+
+
+def halted() -> World:
+    world = World()
+    world.train()
+    world.tell(ProgressHeard(child=LEARNER, learner_step=9, environment_steps=90, is_halted=True))
+    world.gone(actor(0))
+    world.gone(actor(1))
+    world.report_checkpoint(LEARNER)
+    world.gone(LEARNER)
+    assert world.state.phase is Phase.FAILED
+    return world
+
+
+def timed_out() -> World:
+    """Trained for the configured 24 hours, then measured to the end."""
+    world = World()
+    world.train()
+    world.wait_for(dict.fromkeys(world.state.live, 1e9), 24 * 3600)
+    world.end_training()
+    world.evaluate()
+    assert world.state.training_ended is not None
+    assert world.state.training_ended.reason == "training_timeout"
+    assert world.state.phase is Phase.FINISHED
+    return world
+
+
+@pytest.mark.parametrize("ended", [halted, timed_out])
+def test_it_trains_again_where_somebody_asks_for_it(ended) -> None:
+    world = ended()
+    assert world.resume(False, True)[0] == "RunResumed"
+    (begun,) = [event for event in world.events if isinstance(event, RunResumed)]
+    assert (begun.goes_on, begun.trains_on) == ("training", True)
+    assert (world.state.phase, world.state.lift) == (Phase.STARTING, 1)
+    world.train()
+    assert world.state.phase is Phase.TRAINING
+    assert world.state.evaluations == {}
+
+
+def test_without_it_a_halted_run_makes_its_checkpoint_and_fails_again_with_the_remedy() -> None:
+    world = halted()
+    world.resume()
+    assert world.state.lift == 0
+    world.spawn()
+    world.ready(learner(2))
+    world.report_checkpoint(learner(2))
+    world.gone(learner(2))
+    assert world.state.phase is Phase.FAILED
+    assert world.state.finished is not None
+    assert "run --resume RUN --train-on" in world.state.finished.reason
+
+
+def test_without_it_a_run_that_met_its_timeout_stays_finished() -> None:
+    assert timed_out().resume() == []
+
+
+def test_other_ends_are_none_to_be_lifted() -> None:
+    world = World(max_updates=7)
+    world.train()
+    world.tell(ProgressHeard(child=LEARNER, learner_step=7, environment_steps=90))
+    world.end_training()
+    world.evaluate()
+    assert world.resume(False, True) == []
+
+
+def test_an_order_outlives_the_supervisor_that_got_it_and_stays_the_same_order() -> None:
+    world = halted()
+    world.resume(False, True)
+    world.resume()
+    assert (world.state.resumes, world.state.lift) == (2, 1)
+    world.resume(False, True)
+    assert (world.state.resumes, world.state.lift) == (3, 3)
