@@ -204,12 +204,16 @@ def controller_figures() -> dict[str, float]:
         weight.grad = torch.ones_like(weight)
     adam: dict[str, Any] = {"lr": 1e-3, "fused": True}
     bare, driven = torch.optim.Adam(weights, **adam), torch.optim.Adam(weights, **adam)
+    listed = torch.optim.Adam(weights, lr=1e-3, fused=False, foreach=True)
+    single = torch.optim.Adam(weights, lr=1e-3, fused=False, foreach=False)
     rates = UnifiedLRController()
     rates.register_optimizer("policy", driven, GroupConfig(LRPolicy.POLICY_NETWORK, 1e-3, 10, 1e-6, None))
     added = iter([nn.Parameter(torch.zeros(128, 128))] for _ in range(WARM_UP + REPEATS))
     without, through = median_ms(bare.step), median_ms(lambda: rates.step("policy"))
     return {
         "adam_step_ms": without,
+        "adam_foreach_step_ms": median_ms(listed.step),
+        "adam_single_step_ms": median_ms(single.step),
         "controller_step_ms": through,
         "controller_verify_ms": median_ms(rates.tampered),
         "controller_add_group_ms": median_ms(lambda: rates.add_group("policy", next(added))),
