@@ -10,7 +10,7 @@ Sections carry the names of the requirements: `simic_trainer`, `experience_buffe
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Final
+from typing import Any, Final, get_args
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
@@ -44,9 +44,11 @@ __all__ = [
     "RewardConfig",
     "SupervisorConfig",
     "TrainerConfig",
+    "explained",
     "fresh_per_batch",
     "parse",
     "parse_mapping",
+    "section_in",
     "slot_names",
     "to_yaml",
 ]
@@ -139,6 +141,9 @@ class SupervisorConfig(Section):
     evaluation_workers: int = Field(2, ge=1, le=64, description="Processes that evaluate at the end.")
 
 
+KEYS_TOLD_MAX: Final = 12
+"""Of a section with more keys a complaint does not name them all."""
+
 CONTROLLERS: Final = {GROWING_HOST: "tamiyo", BLUEPRINT_CHOICE: "karn"}
 """Whose controller acts in a world."""
 
@@ -179,6 +184,7 @@ class Config(Section):
             raise ValueError(
                 f"simic_trainer.controller {self.controller!r} does not act in {self.environment.id}; that is {own!r}"
             )
+        self._network_can_read()
         self._successes_can_be()
         self._behaviour_can_be_learned_from()
         lanes = self.environment.environments_per_actor
@@ -211,6 +217,21 @@ class Config(Section):
     def stage_environments(self) -> tuple[EnvironmentConfig, ...]:
         """The environment of each stage of the curriculum; the configured one alone where there is none to follow."""
         return stage_environments(self.simic_trainer, self.environment)
+
+    def _network_can_read(self) -> None:
+        """What a policy sees is known here, so nobody has to wait for the processes to say it."""
+        network, environment = self.simic_trainer.network, self.environment
+        is_graph = environment.id == GROWING_HOST and environment.observation == "graph"
+        if is_graph and network not in ("auto", "graph"):
+            raise ValueError(
+                f"simic_trainer.network {network} reads vectors, and environment.observation is graph; take network "
+                f"graph, or observation flat"
+            )
+        if network == "graph" and not is_graph:
+            raise ValueError(
+                f"simic_trainer.network graph reads graphs, and {environment.id} is observed as a vector; take auto, "
+                f"mlp or lstm"
+            )
 
     def _successes_can_be(self) -> None:
         """A success by accuracy is never one in a world whose episodes have none."""
@@ -281,7 +302,7 @@ def parse(text: str, *, base: Mapping[str, Any] | None = None, assignments: Iter
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        raise _explain(error) from None
+        raise explained(error) from None
 
 
 def parse_mapping(text: str) -> dict[str, Any]:
@@ -331,16 +352,25 @@ def _assign(values: dict[str, Any], assignment: str) -> None:
     values[keys[-1]] = value
 
 
-def _explain(error: ValidationError) -> ConfigError:
-    """One sentence for the first problem (an unknown key before anything else), and the number of the others."""
+def explained(error: ValidationError, within: tuple[str, ...] = ()) -> ConfigError:
+    """One sentence for the first problem (an unknown key before anything else), and the number of the others.
+
+    Args:
+        error: What pydantic says of the whole configuration, or of one of its sections.
+        within: Path of that section.
+    """
     problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
     first = problems[0]
-    path = tuple(str(part) for part in first["loc"])
+    path = (*within, *(str(part) for part in first["loc"]))
     key = ".".join(path)
     if first["type"] == "extra_forbidden":
-        known = _keys_at(path[:-1])
-        hint = did_you_mean(path[-1], known) or "; known here: " + ", ".join(known)
-        message = f"unknown key{hint}"
+        message = f"unknown key{_hint(path)}"
+    elif first["type"] == "missing":
+        # One item of a list may lack several keys; named together they are given at once.
+        lacking = [one["loc"] for one in problems if one["type"] == "missing"]
+        names = [str(place[-1]) for place in lacking if place[:-1] == first["loc"][:-1]]
+        key, problems = ".".join(path[:-1]), problems[len(names) - 1 :]
+        message = f"must have {', '.join(names)}"
     else:
         message = first["msg"].removeprefix("Value error, ")
         if not isinstance(first["input"], dict | BaseModel):
@@ -350,13 +380,35 @@ def _explain(error: ValidationError) -> ConfigError:
     return ConfigError(message, key)
 
 
+def _hint(path: tuple[str, ...]) -> str:
+    """What may have been meant by an unknown key: one of a near name, one of that name elsewhere, or any one here."""
+    known = _keys_at(path[:-1])
+    near = did_you_mean(path[-1], known)
+    elsewhere = [section for section in Config.model_fields if path[-1] in _keys_at((section,))]
+    if near or not elsewhere:
+        if len(known) > KEYS_TOLD_MAX:
+            return near or f"; `config explain {'.'.join(path[:-1])}.` lists those there are"
+        return near or f"; known here: {', '.join(known)}"
+    return f"; did you mean {elsewhere[0]}.{path[-1]}?"
+
+
 def _keys_at(path: tuple[str, ...]) -> list[str]:
+    """The keys of a section, or of the items of a list of sections."""
     model: type[BaseModel] = Config
     for part in path:
+        if part.isdecimal():  # the place in a list, whose items the field before it told of
+            continue
         field = model.model_fields.get(part)
-        if field is None or not (
-            isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
-        ):
+        inner = None if field is None else section_in(field.annotation)
+        if inner is None:
             return []
-        model = field.annotation
+        model = inner
     return list(model.model_fields)
+
+
+def section_in(annotation: object) -> type[BaseModel] | None:
+    """The section that a key holds, or of which its list is made; None where it holds plain values."""
+    for one in (annotation, *get_args(annotation)):
+        if isinstance(one, type) and issubclass(one, BaseModel):
+            return one
+    return None

@@ -154,7 +154,6 @@ class CurriculumKeys(Section):
     )
     curriculum_stages: tuple[CurriculumStage, ...] = Field(
         default_factory=_default_stages,
-        min_length=1,
         max_length=100,
         description="The stages in order, difficulties rising.",
     )
@@ -184,6 +183,8 @@ class CurriculumKeys(Section):
     @field_validator("curriculum_stages")
     @classmethod
     def _stages_rise(cls, value: tuple[CurriculumStage, ...]) -> tuple[CurriculumStage, ...]:
+        if not value:
+            raise ValueError("there must be a stage; curriculum_enabled: false trains without a curriculum")
         names = [stage.name for stage in value]
         if len(set(names)) < len(names):
             raise ValueError(f"stages need names of their own, not {', '.join(names)}")

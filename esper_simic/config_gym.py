@@ -120,8 +120,8 @@ class WorldKeys(Section):
             if grows:
                 raise ValueError(f"{name} is for other ids than {GROWING_HOST}, whose keys stand beside it")
             raise ValueError(
-                f"{name} is for growing hosts ({GROWING_HOST}), and id is {self.id!r}; what that one takes stands "
-                f"under kwargs"
+                f"{name} is for growing hosts ({GROWING_HOST}), and id is {self.id!r}; leave it out (the preset gym "
+                f"names no such key): what that id takes stands under kwargs"
             )
         return self
 

@@ -71,7 +71,10 @@ class TrainerConfig(
         0.004, ge=0, description="Weight of the entropy bonus at the end."
     )
     entropy_anneal_steps: int = Field(
-        50_000, ge=1, description="Environment steps over which the entropy weight falls linearly."
+        50_000,
+        ge=1,
+        description="Environment steps over which the entropy weight falls linearly; floors of heads in PPO and APPO "
+        "count 1.5 times in their first quarter, and fall to half in their last.",
     )
     reward_clip: float = Field(10.0, gt=0, description="Bound of a reward after division by its deviation.")
     unroll_length: int = Field(10, ge=1, le=1000, description="Environment steps in one experience (T).")
@@ -90,6 +93,15 @@ class TrainerConfig(
             below = 1 << (value.bit_length() - 1)
             raise ValueError(f"must be a power of two in [8, 256]; near {value}: {below} or {2 * below}")
         return value
+
+    @model_validator(mode="after")
+    def _appo_has_its_advantages(self) -> TrainerConfig:
+        if self.algorithm == "APPO" and not self.vtrace_enabled:
+            raise ValueError(
+                "algorithm APPO takes its advantages from V-trace, and vtrace_enabled is false; leave it on, or take "
+                "PPO, whose advantages are GAE's"
+            )
+        return self
 
     @model_validator(mode="after")
     def _entropy_falls(self) -> TrainerConfig:

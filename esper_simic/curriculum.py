@@ -245,6 +245,12 @@ class Curriculum:
 
     # -- folding ---------------------------------------------------------------------------------------------------
 
+    def standing(self, state: CurriculumState, stage: int) -> CurriculumState:
+        """The state in this stage: as it is, or at the beginning of a round if it was another."""
+        if stage == state.stage:
+            return state
+        return msgspec.structs.replace(state, stage=stage, episodes=0, successes=0, recent="", rounds=0)
+
     def outcomes(self, stage: int, episodes: Iterable[Episode]) -> list[bool]:
         """Which of the episodes that count, all of one stage, were successes; see `success_of`."""
         judged = (success_of(self.successes[stage], one) for one in episodes)

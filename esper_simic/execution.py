@@ -384,7 +384,7 @@ class Compiled(Generic[P, R]):
         fast: Its compiled form; None where this way does not compile.
         name: What it is.
         told: Told once, at the first failure, a sentence for a log.
-        beginning: Told before the first call of each shape that is not run as it is.
+        beginning: Told before the first call of each shape that is not run as it is; again after `begin_anew`.
     """
 
     def __init__(
@@ -422,6 +422,10 @@ class Compiled(Generic[P, R]):
                     raise
                 self._fail(signature, error)
         return self._function(*args, **kwargs)
+
+    def begin_anew(self) -> None:
+        """What it computes with has another form now: each shape may have to be compiled once more, and is told."""
+        self._met.clear()
 
     def _fail(self, signature: tuple[object, ...], error: RuntimeError) -> None:
         if not self._failed:

@@ -194,13 +194,14 @@ class Learner:
         return min(trainer.ewc_sample_size, held) if trainer.ewc_lambda > 0 else 0
 
     def judge(self, event: CurriculumJudged) -> None:
-        """Fold a `CurriculumJudged`."""
+        """Fold a `CurriculumJudged`; where fewer experiences are there than it names, these say what is held."""
         self.stages.judge(event)
-        if event.consolidated:
+        samples = min(event.consolidated, self._samples_to_hold())
+        if samples:
             rng = seeding.generator(
                 self._config.simic_trainer.seed, "fisher", self._rank, self.steps_done, event.stage
             )
-            serials = self.buffer.draw(event.consolidated, rng=rng)
+            serials = self.buffer.draw(samples, rng=rng)
             self.engine.consolidate(self._few_at_a_time(serials), rng)
 
     def _few_at_a_time(self, serials: Serials) -> Iterator[Batch]:
@@ -249,9 +250,10 @@ class Learner:
         return HaltLifted(order=order, facts=safety_rules.resume(self.safety)[1])
 
     def lift(self, event: HaltLifted) -> None:
-        """Fold a `HaltLifted`."""
+        """Fold a `HaltLifted`; a fold that is not exact may not have come to the halt."""
         self._lifts = event.order
-        self.safety = safety_rules.resume(self.safety)[0]
+        if self.is_halted:
+            self.safety = safety_rules.resume(self.safety)[0]
 
     def lockstep_time_s(self) -> float:
         """The time of the next update in lockstep: a function of the state."""

@@ -68,8 +68,15 @@ def of_convergence(safety: Safety) -> dict[str, float]:
 
 
 def of_safety(safety: Safety, keys: TrainerConfig) -> dict[str, float]:
-    """How breakers (1 closed, 2 open, 3 half open) and error budgets (share left) stand."""
-    reports = safety_rules.reports(safety, keys)
+    """How breakers (1 closed, 2 open, 3 half open) and error budgets (share left) stand.
+
+    Of what nobody has observed nothing is told: an untouched budget would look like a promise that is kept.
+    """
+    reports = [
+        report
+        for report in safety_rules.reports(safety, keys)
+        if report.value is not None or report.budget_left < 1.0
+    ]
     return {
         f"breaker.{breaker.name}": float(breaker.state) for breaker in (safety.training, safety.vtrace)
     } | {f"slo_budget_left.{report.objective}": report.budget_left for report in reports}

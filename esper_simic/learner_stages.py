@@ -73,7 +73,11 @@ class Stages:
         return answered.reply, self._event(now_s, answered.state, [told, *answered.facts])
 
     def judge(self, event: CurriculumJudged) -> None:
-        """Fold a `CurriculumJudged`, of a look or of a request."""
+        """Fold a `CurriculumJudged`, of a look or of a request.
+
+        Where outcomes are missing that stood before it (quarantined), the record is believed: actors were sent to its
+        stage, and no stage is gone back to.
+        """
         if self.rules is None:
             return
         request = next((fact.request for fact in event.facts if isinstance(fact, CurriculumAnswered)), None)
@@ -81,6 +85,7 @@ class Stages:
             self.state = self.rules.judged(self.state, event.at_s).state
         else:
             self.state = self.rules.answer(self.state, request, event.at_s).state
+        self.state = self.rules.standing(self.state, event.stage)
 
     def _event(self, now_s: float, state: CurriculumState, facts: list[CurriculumFact]) -> CurriculumJudged:
         advanced = any(isinstance(fact, CurriculumAdvanced) for fact in facts)

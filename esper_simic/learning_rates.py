@@ -16,6 +16,7 @@ The rate of group g in the step after n steps is
 with `warm`/cosine of `GroupConfig.rate`; `young` of `youth` for a group that joined at step a_g, 1 for those that were
 there from the beginning; `factor` in (0, 1] from whoever is careful (conservative mode, the failure ladder); and
 `bound = 1 / (1 + s)` under EWC_ADJUSTED, else 1. FROZEN is 0, and no step is made.
+n counts steps of the schedule: an update that makes several optimiser steps (minibatches) makes all at one rate.
 
 What may change the rate beside the schedule (`Causes`) is kept twice: as wanted now, and as it was in the last step.
 Where they differ, the next step tells it (`RateChanged`) with the rate that this very step would have had. So a change
@@ -312,6 +313,7 @@ class UnifiedLRController:
         *,
         factor: float | None = None,
         make: Callable[[torch.optim.Optimizer], object] | None = None,
+        moves_on: bool = True,
     ) -> RateStep:
         """Verify, set the scheduled rates, then make one optimiser step; FROZEN makes none.
 
@@ -319,6 +321,8 @@ class UnifiedLRController:
             name: The optimiser.
             factor: As `set_factor`, which it calls; None leaves the factor as it is.
             make: How the step is made where not by the optimiser alone, such as `GradScaler.step`.
+            moves_on: Whether it is the schedule's next step. An update of several optimiser steps is one of the
+                schedule: its second one, and those after it, are that step again.
 
         Returns:
             The rate used, and what there is to tell.
@@ -329,6 +333,8 @@ class UnifiedLRController:
         entry = self._entry(name)
         if factor is not None:
             self.set_factor(name, factor)
+        if not moves_on:
+            entry.steps_done = max(entry.steps_done - 1, 0)
         tampered = _verify(name, entry)
         changed = _changed(name, entry)
         entry.used = entry.wanted

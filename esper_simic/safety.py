@@ -271,7 +271,10 @@ def _fold_ladder(
     climbed = ladder.observe(keys, safety.ladder, update)
     facts += climbed.facts
     vtrace = safety.vtrace
-    if any(isinstance(fact, FallbackEntered) for fact in climbed.facts):
+    # Its probe may go well in the very update that halts the training. Closed, it would let V-trace in, not TD(0), as
+    # soon as an operator resumes it.
+    is_late = vtrace.state is CircuitBreakerState.CLOSED and climbed.ladder.standing.rung is Rung.HALTED
+    if is_late or any(isinstance(fact, FallbackEntered) for fact in climbed.facts):
         # The way back is the same whoever gave way: a probe after V-trace's recovery time.
         vtrace, tripped = breakers.tripped(breakers.rule("vtrace", keys), vtrace, safety.clock.elapsed_s)
         facts += tripped
@@ -309,7 +312,7 @@ def _fold_objectives(
     samples = {
         "step_latency": _slow(inputs.previous_step_ms, keys.training_step_budget_ms * timeouts),
         "epoch_boundary": _slow(inputs.previous_boundary_ms, keys.epoch_boundary_budget_ms * timeouts),
-        "throughput": Sample(inputs.experiences_since, now_s - before.clock.elapsed_s),
+        "throughput": _throughput(inputs.experiences_since, now_s - before.clock.elapsed_s),
         "improvement": Sample(sum(held), len(held)) if held else None,
         "buffer_bytes": None if inputs.buffer_bytes is None else Sample(inputs.buffer_bytes),
         "ttl_cleanup": Sample(inputs.removed_since, inputs.expired_since),
@@ -322,6 +325,10 @@ def _fold_objectives(
         windows[name], changes = slo.observe(name, objectives[name], windows[name], sample, now_s)
         facts += changes
     return msgspec.structs.replace(safety, windows=windows, improvement=improvement)
+
+
+def _throughput(experiences: int | None, seconds: float) -> Sample | None:
+    return None if experiences is None else Sample(experiences, seconds)
 
 
 def _slow(took_ms: float | None, budget_ms: float) -> Sample | None:

@@ -22,9 +22,10 @@ class StepInputs(msgspec.Struct, frozen=True, kw_only=True):
         memory_fraction: Share of the memory limit in use, in [0, 1].
         operations_since: Operations since the update before (unrolls received, checkpoints, ...), failed ones too.
         errors_since: How many of them failed.
-        experiences_since: Experiences consumed since then.
+        experiences_since: Experiences taken in since then; None where no clock measures them (lockstep).
         buffer_bytes: Bytes that the buffer holds; None where unknown.
-        expired_since: Experiences that reached the end of their time since then.
+        expired_since: Experiences that reached the end of their time since then. A buffer whose experiences have no
+            end leaves it at 0, and with it the objective `ttl_cleanup` without a figure.
         removed_since: How many of them a sweep removed in time.
         rates_tampered: Learning rates that somebody else has written since then (L3).
     """
@@ -35,7 +36,7 @@ class StepInputs(msgspec.Struct, frozen=True, kw_only=True):
     memory_fraction: float = 0.0
     operations_since: int = 0
     errors_since: int = 0
-    experiences_since: int = 0
+    experiences_since: int | None = 0
     buffer_bytes: float | None = None
     expired_since: int = 0
     removed_since: int = 0

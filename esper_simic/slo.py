@@ -10,13 +10,16 @@ counts against the whole window, also before so much time has passed, so that on
 |---|---|---|---|
 | `step_latency` | share of recent updates slower than `training_step_budget_ms` | <= 5 % | 0.1 %, 24 h |
 | `epoch_boundary` | share of recent boundaries slower than `epoch_boundary_budget_ms` | <= 5 % | 0.1 %, 24 h |
-| `throughput` | experiences learned from per second, recently | >= 180 | 5 %, 24 h |
+| `throughput` | experiences taken in per second, recently | >= 180 | 5 %, 24 h |
 | `improvement` | share of windows of episodes in which the mean return did not fall | >= 70 % | 5 %, 7 d |
 | `buffer_bytes` | bytes that the buffer holds now | <= 6 GB | 1 %, 24 h |
 | `ttl_cleanup` | share of expired experiences that sweeps removed in time | >= 99 % | 1 %, 24 h |
 | `conservative_entries` | entries into conservative mode | <= 2 | none, 24 h |
 | `breaker_open` | share of time in which a breaker was open | <= 1 % | none, 24 h |
 | `convergence` | hours until the mean return reached its last new height | <= 48 | none, 7 d |
+
+*What nobody observes is met*, has no figure and keeps its whole budget: `ttl_cleanup` as long as no experience in the
+buffer has an end of its time, and in lockstep latencies and throughput, for there no clock has a part.
 
 *A 95th percentile is counted, not sorted*: it is at most 500 ms exactly if at most 5 % of the updates took longer, so
 two numbers do for what would otherwise be a histogram.

@@ -41,7 +41,7 @@ class ChildSpec(msgspec.Struct, frozen=True, kw_only=True):
 
     `endpoints` maps names (`control`, `experience`) to addresses; `config_text` is the whole resolved configuration as
     YAML; `checkpoint` is the policy to evaluate; `lift` is the newest takeover of the run in which an operator asked to
-    let a halted training go on, 0 for none.
+    let a halted training go on, 0 for none or once a learner has stood ready under it.
     """
 
     who: ChildId

@@ -26,6 +26,7 @@ from supervisor.cli_common import (
     FAILED,
     NOT_RUNNING,
     OK,
+    PRESET_HELP,
     RUNS,
     UNKNOWN,
     USAGE,
@@ -97,14 +98,6 @@ app = commands(
     "Exit status: 0 ok, 1 failed or degraded, 2 usage, 3 not running, 4 unknown, 78 configuration."
 )
 config_app = commands("Check and explain configurations.")
-app.add_typer(cli_history.log_app, name="log")
-app.add_typer(cli_history.checkpoint_app, name="checkpoint")
-app.command("replay")(cli_history.replay)
-app.command("report")(cli_report.report)
-app.command("curriculum")(cli_curriculum.curriculum)
-app.command("verify-recovery")(cli_history.verify_recovery)
-app.command("try-blueprints")(cli_trials.try_blueprints)
-app.add_typer(config_app, name="config")
 
 
 def main() -> NoReturn:
@@ -135,9 +128,7 @@ def _flush() -> None:
 
 @app.command()
 def run(
-    preset: Annotated[
-        str | None, typer.Option(help="Shipped preset to start from.", show_default=DEFAULT_PRESET)
-    ] = None,
+    preset: Annotated[str | None, typer.Option(help=PRESET_HELP, show_default=DEFAULT_PRESET)] = None,
     file: FileOption = None,
     assignments: SetOption = None,
     run_dir: Annotated[Path | None, typer.Option(help="Default: a new runs/<preset>-<time>.")] = None,
@@ -197,8 +188,7 @@ def run(
         outcome = supervise(directory, config, facts, clock=SystemClock(), observer=display)
     finally:
         display.close()
-    again = f"run --preset {begun_with} --seed {config.simic_trainer.seed + 1}"
-    again += f" --config {shlex.quote(str(file))}" if file else ""
+    again = "" if resume else _again(begun_with, config.simic_trainer.seed, file, given)
     if outcome.evaluations:
         from supervisor.results import show_results  # brings numpy and scipy
 
@@ -206,6 +196,15 @@ def run(
     wanted_h = config.simic_trainer.convergence_time_hours
     view.report(console, directory, outcome, again, view.convergence(display.metrics, wanted_h))
     raise typer.Exit(outcome.exit_code)
+
+
+def _again(preset: str, seed: int, file: Path | None, given: list[str]) -> str:
+    """The command for another run like this one, of the next seed."""
+    words = ["run", "--preset", preset, "--seed", str(seed + 1), *(["--config", str(file)] if file else [])]
+    for assignment in given:
+        if assignment.partition("=")[0].strip() != "simic_trainer.seed":
+            words += ["--set", assignment]
+    return shlex.join(words)
 
 
 def _own_configuration(directory: Path, given: list[str]) -> tuple[str, Config]:
@@ -293,8 +292,10 @@ class _Display:
         )
         before, is_chosen = self._endpoint.note, self._endpoint.port != port
         self._endpoint.attend(snapshot.elapsed_s)
+        host = self._config.metrics_host
+        if before and not self._endpoint.note:
+            view.tell(self._console, f"metrics are served on http://{host}:{self._endpoint.port}/metrics now")
         if self._endpoint.port != port and not is_chosen:
-            host = self._config.metrics_host
             view.tell(self._console, f"metrics are served on http://{host}:{self._endpoint.port}/metrics")
         if self._endpoint.note and not before:
             view.tell(self._console, f"{self._endpoint.note}; the run goes on without")
@@ -416,6 +417,17 @@ def config_explain(
     for key in config_file.explain(preset, part):
         facts = ", ".join(fact for fact in (f"default {key.default}", key.allowed) if fact)
         print(f"{key.path} = {key.value}  ({facts})\n    {key.description}")
+
+
+# Help lists commands in this order: what is above first, then these.
+app.command("report")(cli_report.report)
+app.command("curriculum")(cli_curriculum.curriculum)
+app.command("replay")(cli_history.replay)
+app.command("verify-recovery")(cli_history.verify_recovery)
+app.command("try-blueprints")(cli_trials.try_blueprints)
+app.add_typer(config_app, name="config")
+app.add_typer(cli_history.checkpoint_app, name="checkpoint")
+app.add_typer(cli_history.log_app, name="log")
 
 
 if __name__ == "__main__":

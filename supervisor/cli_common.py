@@ -11,14 +11,15 @@ from typing import Annotated, Final, NoReturn
 import typer
 
 from esper_simic.errors import UnavailableError
-from supervisor import status
+from supervisor import config_file, status
 
 OK, FAILED, USAGE, NOT_RUNNING, UNKNOWN, CONFIGURATION = 0, 1, 2, 3, 4, 78
 
 RUNS: Final = Path("runs")
 
 RunArgument = Annotated[Path | None, typer.Argument(help="A run directory; by default the newest in runs/.")]
-PresetOption = Annotated[str, typer.Option(help="Shipped preset to start from.")]
+PRESET_HELP: Final = f"Shipped preset to start from: {', '.join(config_file.preset_names())}."
+PresetOption = Annotated[str, typer.Option(help=PRESET_HELP)]
 FileOption = Annotated[Path | None, typer.Option("--config", help="YAML file that overlays the preset.")]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="A.B=C", help="Set one key; repeatable.")

@@ -7,7 +7,7 @@ from __future__ import annotations
 import time
 import uuid
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated
 
 import msgspec
 import typer
@@ -29,8 +29,7 @@ from supervisor.cli_common import (
     fail,
 )
 from supervisor.coordination import COMMAND
-
-STAGE_METRIC: Final = "curriculum_stage"
+from supervisor.view import STAGE
 
 
 def curriculum(
@@ -47,7 +46,7 @@ def curriculum(
         str,
         typer.Option(
             metavar="|".join(CoordinationMode.__members__),
-            help="With --stage: who sets the pace; see the decision about the curriculum.",
+            help="With --stage: who sets the pace; docs/decisions/0018-curriculum.md has what each means.",
         ),
     ] = CoordinationMode.STRATEGY_DRIVEN.value,
     min_success_rate: Annotated[
@@ -73,7 +72,13 @@ def curriculum(
     stages = _stages(directory)
     if stage is None:
         asked = CoordinationMode.INDEPENDENT if release else CoordinationMode.STRATEGY_DRIVEN
-        about = stages[min(_present(directory) + advance, len(stages) - 1)]
+        present = _present(directory)
+        # Whoever asks again by an id may have got there by the first time, and shall hear its answer.
+        if advance and request_id is None and present + 1 >= len(stages):
+            fail(
+                f"refused: stage {stages[present].name!r} is the last one, there is none to go on to", FAILED
+            )
+        about = stages[min(present + advance, len(stages) - 1)]
     else:
         asked = CoordinationMode(mode)
         # An unknown one is the learner's to refuse: it knows what it follows.
@@ -88,7 +93,16 @@ def curriculum(
         mode=asked,
         issued_at_s=time.time(),
     )
+    _check_sendable(request)
     raise typer.Exit(_told(directory, request, wait_seconds, as_json=as_json))
+
+
+def _check_sendable(request: CurriculumRequest) -> None:
+    """Refuse here what the supervisor's door would drop without a word: a name too long, a number beyond all counts."""
+    try:
+        msgspec.msgpack.decode(msgspec.msgpack.encode(request), type=CurriculumRequest)
+    except (msgspec.ValidationError, OverflowError) as error:
+        fail(f"this cannot be asked: {error}", USAGE)
 
 
 def _told(directory: Path, request: CurriculumRequest, wait_s: float, *, as_json: bool) -> int:
@@ -133,7 +147,7 @@ def _present(directory: Path) -> int:
     """The index of the stage that is on, as the learner last said."""
     if not status.is_supervised(directory):
         fail(f"no supervisor lives in {directory}", NOT_RUNNING)
-    found = status.observe(directory).learner.metrics.get(STAGE_METRIC)
+    found = status.observe(directory).learner.metrics.get(STAGE)
     if found is None:
         fail("the learner has not said yet in which stage it is, or follows no curriculum", FAILED)
     return int(found)

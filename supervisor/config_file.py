@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from esper_simic.config import Config, parse, parse_mapping
+from esper_simic.config import Config, parse, parse_mapping, section_in
 from esper_simic.errors import ConfigError
 
 PRESETS: Final = resources.files("supervisor") / "presets"
@@ -103,6 +103,16 @@ def _explained(default: BaseModel, effective: BaseModel, prefix: str = "") -> It
         else:
             described = field.description or ""
             yield Explained(f"{prefix}{name}", _words(other), _words(one), allowed_words(field), described)
+            yield from _of_items(field, f"{prefix}{name}[].")
+
+
+def _of_items(field: FieldInfo, prefix: str) -> Iterator[Explained]:
+    """The keys of what a list of sections is made of; nothing of any other key."""
+    section = section_in(field.annotation)
+    for name, inner in section.model_fields.items() if section else ():
+        default = "required" if inner.is_required() else _words(inner.get_default(call_default_factory=True))
+        described = inner.description or ""
+        yield Explained(f"{prefix}{name}", "of each", default, allowed_words(inner), described)
 
 
 def _words(value: object) -> str:
@@ -111,6 +121,8 @@ def _words(value: object) -> str:
         return "unset"
     if isinstance(value, tuple | list):
         return f"[{', '.join(map(_words, value))}]"
+    if isinstance(value, BaseModel):
+        return _words(value.model_dump(exclude_defaults=True))
     if isinstance(value, Mapping):
         return f"{{{', '.join(f'{name}: {_words(inner)}' for name, inner in value.items())}}}"
     return str(value).lower() if isinstance(value, bool) else str(value)

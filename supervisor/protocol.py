@@ -81,6 +81,9 @@ class Progress(FromChild, frozen=True, kw_only=True):
 HALTED: Final = "halted"
 """Phase of a learner that makes no update any more."""
 
+BREAKER: Final = "breaker"
+"""What a learner waits for whose training's breaker is open: time, which nobody can give it."""
+
 COMPILING: Final = "compiling"
 """Phase of a learner that may be silent for minutes from now on: a compiler tells nobody how far it is."""
 

@@ -118,10 +118,11 @@ class RunState(msgspec.Struct, frozen=True, kw_only=True):
     `fruitless` counts the lives of a child in a row that ended before they were ready. `updates_before` and
     `steps_before` (of environments) are what the learner had done when it first became ready under this supervisor,
     `learner_step` where it stood when it last did. `lift` is the newest takeover in which an operator asked to let a
-    halted training go on. `data_digest` is that of the data on which the first child of the
-    run grew hosts, `other_data` says who came later with other data. `commands` holds the refusal of each command that
-    was answered, empty where it was obeyed; `asked` the requests about the curriculum that were not, `replies` what the
-    learner said to the others. `execution` is how the newest life of the learner carries out its updates, for people.
+    halted training go on, until a learner has stood ready under it: whatever halts later was not meant. `data_digest`
+    is that of the data on which the first child of the run grew hosts, `other_data` says who came later with other
+    data. `commands` holds the refusal of each command that was answered, empty where it was obeyed; `asked` the
+    requests about the curriculum that were not, `replies` what the learner said to the others. `execution` is how the
+    newest life of the learner carries out its updates, for people.
     """
 
     phase: Phase = Phase.EMPTY
@@ -259,12 +260,15 @@ def _apply_to_child(state: RunState, event: ChildEvent) -> RunState:
 
 
 def _stands(state: RunState, ready: ChildReady) -> RunState:
-    """Where the learner stands now, and, if nobody knows yet, where it stood at first."""
+    """Where the learner stands now, and, if nobody knows yet, where it stood at first.
+
+    An order to lift a halt is spent: this life has obeyed it durably before it said READY, or had nothing to lift.
+    """
     if state.steps_before is None:
         state = msgspec.structs.replace(
             state, updates_before=ready.learner_step, steps_before=ready.environment_steps
         )
-    return msgspec.structs.replace(state, learner_step=ready.learner_step, execution=ready.execution)
+    return msgspec.structs.replace(state, learner_step=ready.learner_step, execution=ready.execution, lift=0)
 
 
 def _grows_on(state: RunState, ready: ChildReady) -> RunState:

@@ -103,11 +103,20 @@ def _after_the_last_child(state: RunState, now_s: float) -> Events:
     if state.training_ended is not None and state.training_ended.reason == "halted":
         return (RunFailed(at_s=now_s, reason=_how_halted(state)),)
     if state.evaluated or not open_tasks(state):
-        return (RunFinished(at_s=now_s, exit_code=0, outcome="finished", reason="the run is complete"),)
+        return (RunFinished(at_s=now_s, exit_code=0, outcome="finished", reason=_how_finished(state)),)
     children = [state.next_life("evaluate", index) for index in range(evaluators(state))]
     return (
         EvaluationStarted(at_s=now_s),
         *(schedule(who, now_s, now_s, attempt=0) for who in children),
+    )
+
+
+def _how_finished(state: RunState) -> str:
+    if state.training_ended is None or state.training_ended.reason != "training_timeout":
+        return "the run is complete"
+    return (
+        "the run is complete: its training met simic_trainer.training_timeout_hours; simic-supervisor run --resume RUN "
+        "--train-on lets it go on"
     )
 
 

@@ -19,6 +19,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from supervisor.child import CONFIGURATION_EXIT_CODE
 from supervisor.outcome import RunOutcome
 from supervisor.state import Phase
 from supervisor.vitals import ProcessView, Snapshot
@@ -34,6 +35,7 @@ UNBOUNDED_COLUMNS: Final = 400
 MIB: Final = 2**20
 
 CONVERGENCE: Final = "convergence_hours"
+STAGE: Final = "curriculum_stage"
 
 METRICS: Final = (
     ("episodic_return", "return", "{:.2f}"),
@@ -48,6 +50,7 @@ METRICS: Final = (
     ("policy_lag", "policy lag", "{:.1f}"),
     ("grad_norm", "gradient norm", "{:.2f}"),
     (CONVERGENCE, "last new height", "after {:.2f} h"),
+    (STAGE, "curriculum stage, from 0", "{:.0f}"),
 )
 """The learner's metrics that are shown: name, words, format."""
 
@@ -56,6 +59,7 @@ LINE_METRICS: Final = frozenset(name for name, _, _ in METRICS) - {
     "explained_variance",
     "grad_norm",
     CONVERGENCE,
+    STAGE,
 }
 """Those of them that fit a line."""
 
@@ -359,7 +363,7 @@ def convergence(metrics: Mapping[str, float], wanted_h: float) -> str:
 
 
 def report(console: Console, directory: Path, outcome: RunOutcome, again: str, convergence: str = "") -> None:
-    """Print what a run came to and what to do next; `again` is the command for another run like it."""
+    """Print what a run came to and what to do next; `again` is the command for another run like it, if there is one."""
     lines = ["", f"run {outcome.run_id} {outcome.outcome}: {outcome.reason}"]
     lines += [convergence] if convergence else []
     if outcome.checkpoint is not None:
@@ -370,6 +374,11 @@ def report(console: Console, directory: Path, outcome: RunOutcome, again: str, c
         )
     if outcome.exit_code:
         lines.append(f"logs of the processes: {directory / 'logs'}")
+    if outcome.exit_code == CONFIGURATION_EXIT_CODE:
+        lines.append(
+            "a run keeps its configuration: --resume goes on once what it needs is there; under other keys begin in "
+            "another --run-dir"
+        )
     place = shlex.quote(str(directory))
     goes_on = [] if outcome.outcome == "finished" else [f"  simic-supervisor run --resume {place}"]
     lines += [
@@ -379,6 +388,6 @@ def report(console: Console, directory: Path, outcome: RunOutcome, again: str, c
         f"  simic-supervisor status {place}",
         f"  simic-supervisor log verify {place} --owner learner-0",
         f"  tensorboard --logdir {shlex.quote(str(directory / 'tensorboard'))}",
-        f"  simic-supervisor {again}",
+        *([f"  simic-supervisor {again}"] if again else []),
     ]
     tell(console, "\n".join(lines))

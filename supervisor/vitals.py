@@ -3,8 +3,8 @@
 Heartbeats report progress, not life. A report counts as progress when the child's `work` has grown since the last one.
 A child that says, and goes on saying, that it waits for something it cannot make itself is not blamed as long as
 another one is the likelier culprit: one that does not wait, one that says nothing any more, one that has not been heard
-yet (a learner on its way back), or the disk. When all of them wait and say so, everybody is to blame: two children that
-wait for each other are noticed.
+yet (a learner on its way back), the disk, or a breaker that is open for a while. When all of them wait and say so,
+everybody is to blame: two children that wait for each other are noticed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import msgspec
 from esper_simic.config import SupervisorConfig
 from esper_simic.telemetry import HistogramCounts, Totals
 from supervisor.events import ChildId, Role
-from supervisor.protocol import COMPILING, Progress
+from supervisor.protocol import BREAKER, COMPILING, Progress
 from supervisor.state import RunState
 
 SCHEMA: Final = 1
@@ -98,6 +98,9 @@ COMPILING_GRACE_S: Final = 1800.0
 
 DISK: Final = "disk"
 """What a learner waits for that only a person can give."""
+
+EXCUSES: Final = ("", DISK, BREAKER)
+"""What nobody is to blame for whom others wait for: that it works, or lacks what no process can give."""
 
 SILENCE_S: Final = 5.0
 """Children that wait say so several times a second; one that has said nothing for so long does not wait, it hangs."""
@@ -184,7 +187,7 @@ class Vitals:
     def _is_somebody_else_late(self, now_s: float, expected: Collection[ChildId]) -> bool:
         """Whether anybody but those who wait and say so can be what they wait for."""
         return any(
-            who not in self._last or self._is_silent(who, now_s) or self._last[who].waiting_for in ("", DISK)
+            who not in self._last or self._is_silent(who, now_s) or self._last[who].waiting_for in EXCUSES
             for who in expected
         )
 
@@ -298,7 +301,7 @@ def notes(metrics: Mapping[str, float]) -> list[str]:
         found.append("the learner's last recovery was not exact: see LearnerRecovered in its journal")
     if metrics.get("conservative_mode", 0.0) > 0:
         found.append(
-            "conservative mode: smaller batches, lower rates, more time; see ConservativeModeEntered"
+            "conservative mode: smaller batches, lower rates, more time; simic-supervisor report says when and why"
         )
     if metrics.get("breaker.vtrace") == BREAKER_OPEN:
         found.append("V-trace's breaker is open: targets are TD(0) for now")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Final
 
 import pytest
 from hypothesis import given
@@ -20,6 +21,89 @@ def test_empty_text_is_all_defaults_of_the_requirements() -> None:
     assert (trainer.learning_rate, trainer.batch_size, trainer.gamma) == (3e-4, 32, 0.99)
     assert (trainer.rho_bar, trainer.c_bar, trainer.max_grad_norm) == (1.0, 1.0, 0.5)
     assert parse("").experience_buffer.capacity == 100_000
+
+
+REQUIRED: Final = {
+    "algorithm": "IMPALA",
+    "learning_rate": 3e-4,
+    "policy_lr": None,
+    "value_lr": None,
+    "warmup_epochs": 10,
+    "min_lr": 1e-6,
+    "batch_size": 32,
+    "gamma": 0.99,
+    "max_grad_norm": 0.5,
+    "rho_bar": 1.0,
+    "c_bar": 1.0,
+    "target_throughput_exp_sec": 180.0,
+    "convergence_time_hours": 48.0,
+    "epoch_boundary_budget_ms": 18.0,
+    "training_step_budget_ms": 500.0,
+    "ewc_lambda": 0.1,
+    "ewc_sample_size": 200,
+    "lora_rank": 16,
+    "lora_alpha": 32.0,
+    "lora_dropout": 0.1,
+    "curriculum_enabled": True,
+    "max_validation_loss": 0.5,
+    "circuit_breaker_failure_threshold": 3,
+    "circuit_breaker_recovery_timeout_s": 30.0,
+    "conservative_batch_size_factor": 0.5,
+    "conservative_timeout_factor": 1.5,
+    "training_timeout_hours": 24.0,
+    "unstable_grad_norm": 10.0,
+    "exploding_grad_norm": 100.0,
+    "memory_pressure_fraction": 0.9,
+}
+"""Names and defaults as the requirements give them; unset rates are those of `learning_rate`."""
+
+
+@pytest.mark.parametrize("key", REQUIRED)
+def test_each_key_of_the_requirements_has_its_name_and_default(key: str) -> None:
+    assert getattr(parse("").simic_trainer, key) == REQUIRED[key]
+
+
+@pytest.mark.parametrize(
+    ("key", "wrong", "range_"),
+    [
+        ("policy_lr", 0.1, "less than or equal to 0.01"),
+        ("value_lr", 1e-7, "greater than or equal to 0.000001"),
+        ("warmup_epochs", -1, "greater than or equal to 0"),
+        ("min_lr", 0, "greater than 0"),
+        ("unroll_length", 0, "greater than or equal to 1"),
+        ("unroll_length", 1001, "less than or equal to 1000"),
+        ("max_policy_lag", 0, "greater than or equal to 1"),
+        ("hidden_size", 4, "greater than or equal to 8"),
+        ("graph_layers", 9, "less than or equal to 8"),
+        ("ewc_lambda", -0.1, "greater than or equal to 0"),
+        ("ewc_sample_size", 0, "greater than or equal to 1"),
+        ("lora_rank", -1, "greater than or equal to 0"),
+        ("lora_alpha", 0, "greater than 0"),
+        ("lora_dropout", 1, "less than 1"),
+    ],
+)
+def test_a_value_out_of_range_is_refused_with_key_range_and_value(
+    key: str, wrong: float, range_: str
+) -> None:
+    with pytest.raises(ConfigError) as said:
+        parse("", assignments=[f"simic_trainer.{key}={wrong!r}"])
+    assert said.value.key == f"simic_trainer.{key}"
+    assert range_ in str(said.value)
+    assert "(given: " in str(said.value)
+
+
+def test_what_its_own_policy_did_is_learned_from_once() -> None:
+    with pytest.raises(ConfigError, match="replay_ratio must be 0 with it, it is 0.25"):
+        parse("simic_trainer: {algorithm: PPO}")
+    assert parse(
+        "{simic_trainer: {algorithm: PPO}, experience_buffer: {replay_ratio: 0}}"
+    ).simic_trainer.algorithm
+
+
+def test_appo_is_not_left_without_its_advantages() -> None:
+    with pytest.raises(ConfigError, match="APPO takes its advantages from V-trace.*or take PPO"):
+        parse("simic_trainer: {algorithm: APPO, vtrace_enabled: false}")
+    assert not parse("simic_trainer: {vtrace_enabled: false}").simic_trainer.vtrace_enabled
 
 
 @pytest.mark.parametrize("preset", sorted(PRESETS.glob("*.yaml")), ids=lambda path: path.stem)
@@ -75,6 +159,66 @@ def test_unknown_key_comes_before_other_problems_and_all_are_counted() -> None:
 def test_unknown_key_without_a_near_one_lists_what_is_known() -> None:
     with pytest.raises(ConfigError, match="known here: capacity, min_experiences, replay_ratio"):
         parse("experience_buffer: {zzz: 1}")
+
+
+def test_unknown_key_of_a_large_section_says_where_they_are_listed() -> None:
+    with pytest.raises(
+        ConfigError, match=r"simic_trainer\.recurrent: unknown key; `config explain simic_trainer\.`"
+    ) as said:
+        parse("simic_trainer: {recurrent: true}")
+    assert "learning_rate" not in str(said.value)
+
+
+def test_key_without_its_section_names_the_section() -> None:
+    with pytest.raises(ConfigError, match=r"unknown key; did you mean simic_trainer\.learning_rate\?$"):
+        parse("", assignments=["learning_rate=1"])
+
+
+def test_unknown_key_in_an_item_of_a_list_names_those_of_an_item() -> None:
+    with pytest.raises(ConfigError, match=r"curriculum_stages\.0\.nme: unknown key; did you mean 'name'\?"):
+        parse("simic_trainer: {curriculum_stages: [{nme: a}]}")
+    with pytest.raises(
+        ConfigError, match=r"0\.zzz: unknown key; known here: name, difficulty, min_success_rate, "
+    ):
+        parse("simic_trainer: {curriculum_stages: [{zzz: a}]}")
+
+
+def test_keys_that_lack_are_named_together() -> None:
+    with pytest.raises(ConfigError) as said:
+        parse("simic_trainer: {curriculum_stages: [{name: a, difficulty: 0.5}]}")
+    assert str(said.value) == (
+        "simic_trainer.curriculum_stages.0: must have min_success_rate, min_episodes, max_episodes"
+    )
+
+
+def test_a_curriculum_without_stages_names_the_key_that_trains_without_one() -> None:
+    with pytest.raises(ConfigError, match="curriculum_enabled: false trains without a curriculum"):
+        parse("simic_trainer: {curriculum_stages: []}")
+
+
+@pytest.mark.parametrize(
+    ("environment", "network", "says"),
+    [
+        ("id: CartPole-v1", "graph", "CartPole-v1 is observed as a vector; take auto, mlp or lstm"),
+        ("observation: flat", "graph", "is observed as a vector"),
+        ("observation: graph", "lstm", "observation is graph; take network graph, or observation flat"),
+        ("observation: graph", "mlp", "reads vectors"),
+    ],
+)
+def test_a_network_that_cannot_read_what_is_observed_is_refused(
+    environment: str, network: str, says: str
+) -> None:
+    with pytest.raises(ConfigError, match=says):
+        parse(f"{{environment: {{{environment}}}, simic_trainer: {{network: {network}}}}}")
+
+
+@pytest.mark.parametrize(
+    ("environment", "network"),
+    [("observation: graph", "graph"), ("observation: flat", "lstm"), ("id: CartPole-v1", "mlp")],
+)
+def test_a_network_that_can_read_what_is_observed_is_taken(environment: str, network: str) -> None:
+    text = f"{{environment: {{{environment}}}, simic_trainer: {{network: {network}}}}}"
+    assert parse(text).simic_trainer.network == network
 
 
 @pytest.mark.parametrize("text", ["a: [", "- 1", "just words"])

@@ -86,7 +86,7 @@ def test_there_is_a_curriculum_where_a_stage_has_an_environment_of_its_own(
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        ([], "at least 1"),
+        ([], "there must be a stage; curriculum_enabled: false trains without"),
         ([stage("a", 0.5), stage("b", 0.5)], "'b' has 0.5, 'a' before it 0.5"),
         ([stage("a", 0.5), stage("b", 0.25)], "difficulties must rise"),
         ([stage("a", 0.5), stage("a", 0.6)], "names of their own, not a, a"),

@@ -79,6 +79,14 @@ def test_without_a_cause_the_rate_is_to_the_last_bit_what_it_always_was(
     assert controller.state_dict() == {"policy": steps + 1}
 
 
+def test_steps_of_one_update_have_one_rate_and_are_one_step_of_the_schedule() -> None:
+    controller, _, weight = make()
+    used = [controller.step("policy", moves_on=first).rate for first in (False, False, True, False, True)]
+    assert used == pytest.approx([0.25e-3, 0.25e-3, 0.5e-3, 0.5e-3, 0.75e-3])
+    assert weight.item() == pytest.approx(-sum(used)), "each is made"
+    assert controller.state_dict() == {"policy": 3}
+
+
 def test_no_warm_up_starts_at_the_base() -> None:
     controller, *_ = make(warmup=0)
     assert controller.step("policy").rate == 1e-3

@@ -13,7 +13,7 @@ from esper_simic import safety as safeties
 from esper_simic.breaker import CircuitBreakerState, VtraceVerdict
 from esper_simic.config_safety import SafetyKeys
 from esper_simic.errors import InvariantViolation
-from esper_simic.ladder import Response
+from esper_simic.ladder import LEVEL_MAX, Epoch, Measure, Response
 from esper_simic.rungs import Rung
 from esper_simic.safety import Observed, Safety, StepInputs, StepMode, StepOutcome, observe, plan
 from esper_simic.safety_facts import (
@@ -289,6 +289,36 @@ def test_repeated_failures_give_way_to_td_then_halt_until_an_operator_resumes():
     assert training.kinds() == [BreakerHalfOpened, BreakerClosed, FallbackLeft]
     with pytest.raises(InvariantViolation, match="cannot RESUME"):
         safeties.resume(training.safety)
+
+
+def test_a_halt_at_the_update_of_v_traces_good_probe_is_lifted_to_td_all_the_same():
+    """The update is sound, and ends the epoch that shows a divergence at the lowest of rates."""
+    training = Training()
+    training.step(POISON, times=5)
+    training.now_s += 60
+    training.step()
+    assert training.mode().targets == "vtrace", "the probe"
+    updates, rising = KEYS.divergence_epoch_updates - 1, KEYS.divergence_epochs - 1
+    diverging = Epoch(updates=updates, loss_sum=10.0 * updates, before=1.0, rising=rising, rise_from=0.1)
+    climbed = msgspec.structs.replace(training.safety.ladder, rate=Measure(LEVEL_MAX), epoch=diverging)
+    training.safety = msgspec.structs.replace(training.safety, ladder=climbed)
+    training.step()
+    assert training.kinds()[:2] == [BreakerHalfOpened, BreakerClosed]
+    assert training.mode().is_halted
+    training.safety, _ = safeties.resume(training.safety)
+    assert training.mode().targets == "td"
+    training.now_s += KEYS.circuit_breaker_recovery_timeout_s
+    training.step()
+    assert training.kinds() == [BreakerHalfOpened, BreakerClosed, FallbackLeft]
+
+
+def test_where_no_clock_measures_experiences_nothing_is_said_of_their_number():
+    training = Training()
+    training.step(times=6000, passed_s=1.0, experiences_since=None)
+    assert training.safety.windows["throughput"].latest is None
+    assert not training.safety.windows["throughput"].is_violated
+    training.step(times=6000, passed_s=1.0, experiences_since=0)
+    assert training.safety.windows["throughput"].is_violated
 
 
 def test_repeated_failures_that_end_come_back_rung_by_rung():

@@ -4,8 +4,11 @@
     H_h     = mean_w( entropy of head h ) over the steps at which its choice was available
 
 Entropies are normalised, in [0, 1]: each divided by the logarithm of its number of legal choices. *Available* means
-that the head could have mattered, whatever was done: were only relevant steps counted, a policy could evade the floor
-of a head by never doing what makes it relevant. A head without any available step has no penalty.
+that the head, as it was evaluated, had more than one legal choice to act by, whichever it took. Where a head depends on
+choices made before it (an operation), it has none where those do not use it: what it would be after another operation
+is a distribution that nobody acts by, and kept open, it would hide that the one which acts is closed. Nothing is evaded
+by that: no gradient leads from a head's penalty to the choices before it, which have floors of their own. A head
+without any available step has no penalty.
 """
 
 from __future__ import annotations
@@ -59,7 +62,7 @@ def entropy_floor_penalty(
 
     Args:
         entropies: By head, `[T, B]`, normalised; gradient flows.
-        available: By head, `[T, B]`, whether its choice could have mattered.
+        available: By head, `[T, B]`, whether there was a choice to act by.
         weights: `[T, B]` >= 0, of the steps.
         floors: By head; heads that `entropies` does not have are left out.
         scale: Factor of the whole, see `entropy_floor_scale`.

@@ -69,7 +69,7 @@ class PpoHead(NamedTuple):
         anchor_log_probs: log anchor(a_h|x).
         entropies: Normalised; gradient flows.
         relevance: Whether the head had a part in the action, bool or 0 and 1.
-        availability: Whether it could have had; for the entropy floors alone.
+        availability: Whether it had more than one legal choice to act by; for the entropy floors alone.
     """
 
     log_probs: Tensor

@@ -77,6 +77,14 @@ class GrowingHostEnv(gymnasium.Env[Arrays, NDArray[np.int64]]):
     def step(self, action: NDArray[np.int64]) -> tuple[Arrays, float, bool, bool, dict[str, Any]]:
         """One epoch of the host.
 
+        Args:
+            action: `[heads]` integers, the choice of each of `actions.HEADS`. One that `action_mask` forbids changes
+                nothing, and `action_succeeded` is false.
+
+        Returns:
+            Observation (arrays of `spec_observation.shapes()`), reward, terminated (the horizon), truncated (rolled
+            back), infos.
+
         Raises:
             ContractError: `reset` was not called, the episode is over, or the action is not in the action space.
         """

@@ -9,7 +9,7 @@ from gymnasium import spaces
 from pydantic import ValidationError
 
 from esper_simic.actions import head_sizes
-from esper_simic.config import EnvironmentConfig
+from esper_simic.config import EnvironmentConfig, explained
 from esper_simic.errors import ConfigError
 from esper_simic.graphs import ObservationSpec
 from esper_simic.growing_host.hosts import HOSTS
@@ -68,6 +68,4 @@ def resolve_config(config: EnvironmentConfig | None, settings: dict[str, Any]) -
     try:
         return EnvironmentConfig(**settings)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(("environment", *(str(part) for part in first["loc"])))
-        raise ConfigError(str(first["msg"]), key) from None
+        raise explained(error, ("environment",)) from None

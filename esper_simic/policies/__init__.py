@@ -1,1 +1,1 @@
-"""Controllers of growth: graph encoder, recurrent core, factored heads, running normalisation."""
+"""What acts and is learned: encoders of graphs and vectors, cores, heads, values, critics, normaliser, adapters."""

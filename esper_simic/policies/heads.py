@@ -184,8 +184,10 @@ def _evaluate(
     for head in HEADS:
         all_log_probs = masked[head].logits.log_softmax(dim=-1)
         legal = masked[head].legal.sum(dim=-1)
-        available[head] = legal > 1
-        scale = torch.where(available[head], legal, 2).to(all_log_probs.dtype).log()
+        several = legal > 1
+        # Evaluated after the operation that was taken: where that has no use for the head, nobody acts by it.
+        available[head] = relevance[head] & several
+        scale = torch.where(several, legal, 2).to(all_log_probs.dtype).log()
         taken = _taken(all_log_probs, chosen[head])
         spread = -(all_log_probs.exp() * all_log_probs).sum(dim=-1) / scale
         head_log_probs[head], head_entropies[head] = taken, spread

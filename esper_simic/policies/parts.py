@@ -55,7 +55,8 @@ class HeadEvaluation(NamedTuple):
         head_log_probs: By head, whether it was relevant or not.
         head_entropies: By head, whether it was relevant or not; 0 where there is one legal choice.
         relevance: By head, bool: whether the action depended on it.
-        available: By head, bool: whether there was more than one legal choice.
+        available: By head, bool: whether the head, as it was evaluated, had more than one legal choice to act by. One
+            that depends on choices made before it has none where those do not use it.
     """
 
     log_probs: Tensor

@@ -51,6 +51,10 @@ class Computation:
     def _begin(self) -> None:
         self.compiling()  # whoever listens by then
 
+    def policy_changed(self) -> None:
+        """The policy has parameters that it had not: what was compiled for it is compiled anew."""
+        self._evaluate.begin_anew()
+
     def evaluate(self, batch: Batch, policy: Policy) -> Evaluation:
         """The policy's view of a batch, see `Batch.evaluate`; in float32 whatever it was computed in."""
 

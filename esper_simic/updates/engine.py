@@ -125,7 +125,10 @@ class Engine:
             dropout=trainer.lora_dropout,
         )
         self.adapters.freeze_base()
-        self.optimisers = self._optimisers(self.optimisers.loss_scale)
+        self.computation.policy_changed()
+        before, self.optimisers = self.optimisers, self._optimisers(self.optimisers.loss_scale)
+        if self._iql is not None:
+            self.optimisers.go_on(before, "critics")  # their parameters are the same as ever
         self.consolidation = None
         self.keep_good()
         return self.adapters_begun()
@@ -183,6 +186,7 @@ class Engine:
                 `restore_good` takes them back.
         """
         self._execution.begin_step()
+        self.optimisers.begin_update()
         self.optimisers.lr_factor = mode.lr_factor
         overflows = self.optimisers.overflows
         terms = Terms(

@@ -59,10 +59,16 @@ class Optimisers:
             self.rates.register_optimizer(name, optimizer, schedule)
         self.lr_factor = 1.0
         """Of those who are careful, on every scheduled rate."""
+        self._moves_on = True
+        """Whether the next step is the first of its update: schedules count updates."""
         self.moves = 0
         """Steps that were begun; one of them may have moved some parameters and not others."""
         self._changed: list[RateChanged] = []
         self._tampered: list[Tampered] = []
+
+    def begin_update(self) -> None:
+        """The next step is the first of an update; all of the update's steps have the rates of this one."""
+        self._moves_on = True
 
     def minimise(self, loss: Tensor, *, max_norm: float, observer: StepObserver = UNWATCHED) -> float:
         """One step of every optimiser down the gradient of a loss, clipped to a global norm.
@@ -93,9 +99,10 @@ class Optimisers:
         observer.passed(Phase.BACKWARD)
         self.moves += 1
         for name in self._by_name:
-            step = self.rates.step(name, factor=self.lr_factor)
+            step = self.rates.step(name, factor=self.lr_factor, moves_on=self._moves_on)
             self._changed += [step.changed] if step.changed is not None else []
             self._tampered += [step.tampered] if step.tampered is not None else []
+        self._moves_on = False
         observer.passed(Phase.OPTIMIZER)
         return float(norm)
 
@@ -122,6 +129,11 @@ class Optimisers:
             for index, state in optimizer.state_dict()["state"].items()
             for field, value in sorted(state.items())
         }
+
+    def go_on(self, before: Optimisers, name: str) -> None:
+        """Let one optimiser, of the same parameters as in `before`, go on from there; for those that begin only now."""
+        self.load_tensors({key: t for key, t in before.tensors().items() if key.startswith(f"{name}.")})
+        self.rates.load_state_dict(self.rates.state_dict() | {name: before.rates.state_dict()[name]})
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Become what gave these `tensors`; they are copied.

@@ -47,7 +47,7 @@ def ppo_update(batch: Batch, terms: Terms) -> Updated:
         for lanes in minibatches(batch.lanes, min(trainer.ppo_minibatches, batch.lanes), terms.rng):
             loss = _minibatch_loss(batch, anchor, targets, torch.from_numpy(lanes), terms, options)
             limit = trainer.ppo_target_kl
-            # Before the first step nothing has moved but by dropout.
+            # Before the first step nothing has moved: what adapters drop is the same in all of an update.
             is_far = bool(losses) and limit is not None and float(loss.approx_kl) > KL_STOP_FACTOR * limit
             if is_far:
                 break

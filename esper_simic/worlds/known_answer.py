@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Final
 import gymnasium
 import numpy as np
 import numpy.typing as npt
-from gymnasium.spaces import Dict, Discrete, Space
+from gymnasium.spaces import Box, Dict, Discrete, Space
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
@@ -155,11 +155,19 @@ class KnownAnswerVectorEnv(VectorEnv[Array, Array, Array]):
     def step(self, actions: Array) -> tuple[Array, Array, Bools, Bools, dict[str, Any]]:
         """Act in every lane.
 
+        Args:
+            actions: A batch of `single_action_space`: `[E]` integers, or `[E, …]` numbers within its bounds.
+
         Raises:
-            ContractError: `reset` was not called.
+            ContractError: `reset` was not called, or an action is not of the space.
         """
         if not self._is_ready:
             raise ContractError("reset the environments before their first step")
+        # NumPy would take a negative choice from the back, and a NaN would be passed on.
+        if not self._are_of_the_space(actions):
+            raise ContractError(
+                f"actions are a batch of {self.num_envs} of {self.single_actions}, not {actions!r}"
+            )
         self.elapsed += 1
         reward, terminated = self.move(actions)
         truncated = (self.elapsed >= self._limit) & ~terminated
@@ -172,6 +180,14 @@ class KnownAnswerVectorEnv(VectorEnv[Array, Array, Array]):
             self._begin(lanes)
             observed = self.observe()
         return observed, reward, terminated, truncated, infos
+
+    def _are_of_the_space(self, actions: Array) -> bool:
+        space = self.single_actions
+        if actions.shape != (self.num_envs, *(space.shape or ())):
+            return False
+        if isinstance(space, Discrete):
+            return actions.dtype.kind in "iu" and int(actions.min()) >= 0 and int(actions.max()) < space.n
+        return isinstance(space, Box) and bool(((actions >= space.low) & (actions <= space.high)).all())
 
     def close_extras(self, **kwargs: Any) -> None:
         """Nothing is held open."""
@@ -200,6 +216,7 @@ class KnownAnswerEnv(gymnasium.Env[Any, Any]):
         )
         self.observation_space = self._lane.single_observation_space
         self.action_space = self._lane.single_action_space
+        self._is_over = False
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -207,6 +224,7 @@ class KnownAnswerEnv(gymnasium.Env[Any, Any]):
         """Begin an episode: the one with this seed, or without one the one that follows."""
         super().reset(seed=seed)
         self._lane.np_random = self.np_random
+        self._is_over = False
         observed, infos = self._lane.reset(seed=None if seed is None else [seed])
         return self._single(observed), infos
 
@@ -214,10 +232,13 @@ class KnownAnswerEnv(gymnasium.Env[Any, Any]):
         """Act.
 
         Raises:
-            ContractError: `reset` was not called.
+            ContractError: `reset` was not called, the episode is over, or the action is not of the action space.
         """
+        if self._is_over:
+            raise ContractError("reset the environment: its episode is over")
         observed, reward, terminated, _, infos = self._lane.step(np.asarray(action)[None])
-        return self._single(observed), float(reward[0]), bool(terminated[0]), False, infos
+        self._is_over = bool(terminated[0])
+        return self._single(observed), float(reward[0]), self._is_over, False, infos
 
     def _single(self, observed: Any) -> Any:
         if isinstance(self.observation_space, Dict):

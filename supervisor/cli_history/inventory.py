@@ -98,6 +98,8 @@ def _started(journal: Path) -> RunStarted:
         if record.kind == RunStarted.__name__:
             return record.header_as(RunStarted)
         break
+    else:
+        raise ContractError(f"{journal} does not begin with RunStarted: it is empty, no learner got so far")
     raise ContractError(f"{journal} does not begin with RunStarted: it is not a learner's journal")
 
 

@@ -14,6 +14,7 @@ and write of one (`SOCKET_TIMEOUT_S`).
 
 from __future__ import annotations
 
+import errno
 import socket
 import socketserver
 import sys
@@ -105,9 +106,13 @@ class HttpEndpoint:
         try:
             self._server = _Server(self._host, self._port, self._pages)
         except OSError as error:
-            raise UnavailableError(
-                f"metrics are not served: {self._host}:{self._port} cannot be had ({error.strerror or error}); "
+            remedy = (
                 "another run may have it (supervisor.metrics_port chooses another)"
+                if error.errno == errno.EADDRINUSE
+                else "supervisor.metrics_host and metrics_port choose another, metrics_port=null serves none"
+            )
+            raise UnavailableError(
+                f"metrics are not served: {self._host}:{self._port} cannot be had ({error.strerror or error}); {remedy}"
             ) from error
         self.note = ""
         self._thread = threading.Thread(

@@ -39,6 +39,7 @@ from supervisor.events import (
     from_journal,
 )
 from supervisor.journal import Record
+from supervisor.report.safety_words import AnyFact, fact_words
 from supervisor.state import RunState, apply
 
 MARKS_MAX: Final = 300
@@ -276,6 +277,12 @@ class LearnerPast:
                 self.refused[event.reason] += 1
             case learned.LearnerStepped():
                 self._step(event, at_s)
+                self._tell_facts(event.facts, at_s)
+            case learned.CurriculumJudged():
+                self._tell_facts(event.facts, at_s)
+            case learned.StepFailed():
+                self._tell(event, at_s)
+                self._tell_facts(event.facts, at_s)
             case learned.LearnerRecovered():
                 # What passed since the last update is nobody's work.
                 self._stepped_s = at_s
@@ -346,6 +353,13 @@ class LearnerPast:
             lane, text, is_trouble = told
             self.marks.add(at_s, lane, text, is_trouble=is_trouble)
 
+    def _tell_facts(self, facts: Sequence[AnyFact], at_s: float) -> None:
+        for fact in facts:
+            told = fact_words(fact)
+            if told is not None:
+                text, is_trouble = told
+                self.marks.add(at_s, "learner", text, is_trouble=is_trouble)
+
 
 def learner_words(event: learned.LearnerEvent) -> tuple[str, str, bool] | None:  # noqa: PLR0911 (a table)
     """Lane, words, and whether it is trouble; None for what goes without saying."""
@@ -363,9 +377,6 @@ def learner_words(event: learned.LearnerEvent) -> tuple[str, str, bool] | None: 
             return "learner", text if event.is_exact else f"{text}; not exactly", not event.is_exact
         case learned.RecordQuarantined():
             return "learner", f"record {event.position} was quarantined: {event.reason}", True
-        case learned.CurriculumJudged():
-            what = ", ".join(type(fact).__name__ for fact in event.facts)
-            return "learner", f"curriculum, stage {event.stage}: {what}", False
         case learned.StepFailed():
             return "learner", f"update {event.step} failed: {event.reason}", True
         case learned.HaltLifted():

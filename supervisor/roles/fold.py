@@ -12,7 +12,7 @@ stands before, but the next checkpoint is it: the fold takes its state from ther
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -38,7 +38,7 @@ from esper_simic.events import (
     StepFailed,
     StepSkipped,
 )
-from esper_simic.execution import CPU, Execution
+from esper_simic.execution import CPU, Execution, unheard
 from esper_simic.learner import Learner
 from esper_simic.learner_state import LearnerState
 from esper_simic.replay import Held
@@ -78,6 +78,7 @@ class LearnerFold:
         quarantined: Positions of records to pass over.
         execution: How updates are made again. Where it is not exact, what comes of one may be otherwise than it was,
             in whether it succeeds and in how much experience the next one takes, too; that ends no fold.
+        compiling: Told, now and later, before an update may have to be compiled.
     """
 
     def __init__(
@@ -89,8 +90,9 @@ class LearnerFold:
         rank: int = 0,
         quarantined: Collection[int] = (),
         execution: Execution = CPU,
+        compiling: Callable[[], None] = unheard,
     ) -> None:
-        self._config, self._rank, self._execution = config, rank, execution
+        self._config, self._rank, self._execution, self._compiling = config, rank, execution, compiling
         self._journal, self._checkpoints = journal, checkpoints_directory
         self._quarantined = frozenset(quarantined)
         self.learner = self._new_learner()
@@ -120,7 +122,9 @@ class LearnerFold:
 
     def _new_learner(self) -> Learner:
         world = world_of(self._config.environment, self._config.simic_trainer.gamma)
-        return Learner(self._config, world.spec, rank=self._rank, execution=self._execution)
+        learner = Learner(self._config, world.spec, rank=self._rank, execution=self._execution)
+        learner.engine.computation.compiling = self._compiling
+        return learner
 
     def take(self, record: Record) -> Folded:  # noqa: PLR0911 (a table)
         """Move the state by the next record.
@@ -222,9 +226,15 @@ class LearnerFold:
         return Folded(event, report, state_digest, report.unrolls_consumed)
 
     def _pass_over(self, event: LearnerEvent) -> Folded:
-        """A quarantined experience is lost; a quarantined update learns nothing."""
+        """A quarantined experience is lost; a quarantined update learns nothing; a quarantined verdict holds nothing.
+
+        What a verdict may die of is the estimate of what a passed stage needs; in which stage actors are it says all
+        the same.
+        """
         if isinstance(event, ExperienceAdmitted):
             self.learner.lose(event)
+        if isinstance(event, CurriculumJudged):
+            self.learner.judge(msgspec.structs.replace(event, consolidated=0))
         consumed = self.learner.skip() if isinstance(event, LearnerStepped | StepFailed) else ()
         return Folded(event, consumed=consumed)
 
@@ -272,6 +282,8 @@ def config_of_journal(journal: Path) -> Config:
         if isinstance(event, RunStarted):
             return config_of(event.config)
         break
+    else:
+        raise ContractError(f"{journal} does not begin with RunStarted: it is empty, no learner got so far")
     raise ContractError(f"{journal} does not begin with RunStarted: it is not a learner's journal")
 
 

@@ -186,7 +186,10 @@ def _learn(organs: _Organs) -> None:
         loop.open_round()
         if checkpointer.is_due(loop.learner.steps_done):
             checkpointer.stage(loop.learner)
-        organs.report(waiting_for="" if may_step else "experience")
+        organs.report(waiting_for="" if may_step else loop.waiting_for)
+    # What was obeyed is told, too, before nobody is there to tell it.
+    organs.journal.sync()
+    loop.pay()
     # The last update is shown too, however short ago the report before it was.
     organs.report(now=True)
 

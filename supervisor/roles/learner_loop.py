@@ -44,6 +44,7 @@ from supervisor.bus import Poller, Received, Server
 from supervisor.child import ChildSpec
 from supervisor.journal import Journal
 from supervisor.protocol import (
+    BREAKER,
     Acknowledged,
     Credit,
     Hello,
@@ -323,6 +324,12 @@ class LearnerLoop:
             mode.batch_size(self._config.simic_trainer.batch_size)
         )
 
+    @property
+    def waiting_for(self) -> str:
+        """What the next update lacks: time, where a breaker is open; else experience."""
+        mode = self._learner.mode(self._now_s())
+        return "experience" if mode.may_step or mode.is_halted else BREAKER
+
     def idle(self, poller: Poller, wait_ms: float) -> None:
         """Wait for something to happen."""
         self._surroundings.wait(poller, wait_ms)
@@ -388,9 +395,11 @@ class LearnerLoop:
         """
         inputs = self._surroundings.before_step()
         if self._rounds is not None:
-            inputs = StepInputs(at_s=self._learner.lockstep_time_s())
+            inputs = StepInputs(at_s=self._learner.lockstep_time_s(), experiences_since=None)
         tampered = self._learner.learning_rates.tampered() + self._tampered
-        return msgspec.structs.replace(inputs, rates_tampered=tampered)
+        # The buffer's size follows from the configuration alone, so it has its part in lockstep, too.
+        held_bytes = float(self._learner.buffer.bytes)
+        return msgspec.structs.replace(inputs, rates_tampered=tampered, buffer_bytes=held_bytes)
 
     def open_round(self) -> None:
         """In lockstep, when a round is complete and no update can be made: one credit for each actor."""

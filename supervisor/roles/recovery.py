@@ -243,16 +243,15 @@ class Recovery:
         checkpoints.set_aside(directory)
 
     def _new_fold(self, tail: _Tail) -> LearnerFold:
-        fold = LearnerFold(
+        return LearnerFold(
             self._config,
             self._journal.directory,
             self._checkpoints,
             rank=self._rank,
             quarantined=tail.quarantined,
             execution=self._execution,
+            compiling=self._compiling,
         )
-        fold.learner.engine.computation.compiling = self._compiling
-        return fold
 
     def _candidates(self) -> list[tuple[Path, int]]:
         """Checkpoints of this run with a readable manifest, the newest in the journal first."""

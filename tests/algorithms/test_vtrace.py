@@ -154,6 +154,27 @@ def test_no_gradient_flows() -> None:
     assert not found.pg_advantages.requires_grad
 
 
+@given(
+    length=st.integers(5, 50),
+    lanes=st.integers(8, 64),
+    rho_bar=st.floats(0.1, 10),
+    clip_pg=st.floats(0.1, 10),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_no_weight_exceeds_its_bound(
+    length: int, lanes: int, rho_bar: float, clip_pg: float, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    log_rhos = 5 * torch.randn((length, lanes), generator=generator, dtype=torch.float64)
+    zeros, ones = torch.zeros_like(log_rhos), torch.ones_like(log_rhos)
+    # Where nothing follows a step and nothing was expected of it, a reward of 1 leaves its weights alone.
+    found = vtrace(log_rhos, zeros, ones, zeros, zeros[0], clip_rho=rho_bar, clip_pg_rho=clip_pg)
+    for weights, bound in ((found.vs, rho_bar), (found.pg_advantages, clip_pg)):
+        assert float(weights.max()) <= bound
+        assert float(weights.min()) > 0
+        assert torch.equal(weights < bound, log_rhos.exp() < bound)
+
+
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("clip", [None, 1.0])
 def test_huge_log_ratios_stay_finite_in_single_precision(sign: int, clip: float | None) -> None:

@@ -235,6 +235,17 @@ def test_initial_vectors_are_zero_but_for_norms_and_the_forget_gate() -> None:
             assert torch.equal(parameter, expected), name
 
 
+@every_spec
+def test_acting_records_no_gradients(spec: str) -> None:
+    policy = make(SPECS[spec], 2)
+    seen = observations(SPECS[spec], np.random.default_rng(2), 3)
+    chance = torch.rand((3, policy.chance), dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    decision = policy.act(seen, torch.ones(3, dtype=torch.bool), policy.initial_state(3), chance)
+    for said in (decision.log_probs, decision.values, decision.state):
+        assert said.grad_fn is None
+        assert not said.requires_grad
+
+
 def test_initial_weights_depend_on_the_generator_alone() -> None:
     before = torch.random.get_rng_state()
     one, same, other = make(ONE, 3), make(ONE, 3), make(ONE, 4)

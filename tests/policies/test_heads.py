@@ -14,6 +14,7 @@ from scipy import stats
 from torch import Tensor
 
 from esper_simic.actions import CHOICE_HEADS, CHOICES, HEADS, OP, RELEVANT_HEADS, SLOT, Op
+from esper_simic.algorithms.entropy_floor import EntropyFloor, entropy_floor_penalty
 from esper_simic.errors import InvariantViolation
 from esper_simic.policies.heads import MASKED_LOGIT, FactoredHeads, FlatGrowthHeads
 from esper_simic.policies.parts import HeadEvaluation, Latent
@@ -322,7 +323,30 @@ def test_relevance_and_availability_are_those_of_the_operation_and_its_masks(hea
         legal = legal_choices(mask, action[OP])
         for head in HEADS:
             assert bool(found.relevance[head][row]) == (head in RELEVANT_HEADS[Op(action[OP])]), head
-            assert bool(found.available[head][row]) == (len(legal[head]) > 1), head
+            acts = head in RELEVANT_HEADS[Op(action[OP])]
+            assert bool(found.available[head][row]) == (acts and len(legal[head]) > 1), head
+
+
+def test_a_head_that_is_closed_where_it_acts_is_below_its_floor_however_open_it_is_elsewhere() -> None:
+    """What a blueprint would be chosen by after WAIT, nobody acts by: it must not stand for what is chosen by."""
+    made = FactoredHeads(CORE, NODE, LAYOUT)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.zero_()
+        made.op_embedding.weight[Op.GERMINATE, 0] = 1.0
+        made.choice_in.weight[0, CORE + NODE] = 1.0
+        made.choice_out.weight[0, 0] = 50.0
+    count = 10
+    latent = inputs(20, count)._replace(mask=torch.ones(count, LAYOUT.size, dtype=torch.int8))
+    actions = torch.zeros(count, len(HEADS), dtype=torch.int64)
+    actions[-1, OP] = Op.GERMINATE
+    found = made.evaluate(latent, actions).reshaped((count, 1))
+    entropies = found.head_entropies["blueprint"].detach()
+    assert float(entropies[-1]) < 1e-6
+    assert float(entropies[:-1].min()) > 0.99
+    floors = {"blueprint": EntropyFloor(0.2, 0.3)}
+    penalty = entropy_floor_penalty(found.head_entropies, found.available, torch.ones(count, 1), floors)
+    assert float(penalty.detach()) == pytest.approx(0.3 * 0.2**2, rel=1e-4)
 
 
 def test_a_state_is_free_where_something_else_than_waiting_is_legal(heads: FactoredHeads) -> None:

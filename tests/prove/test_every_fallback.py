@@ -126,7 +126,10 @@ def test_memory_gradients_and_losses(tmp_path: Path, record_proof: Proof) -> Non
     assert len(relaxed) == len(tightened) <= 2
     assert relaxed[-1][1].factor == 1.0
     restored = [(step, fact.reason) for step, fact in told(straight, GoodStateRestored)]
-    assert restored == [(SHORT, "out_of_memory"), *((one.step, "not_finite") for one in overflown)]
+    assert restored == [(one.step, "not_finite") for one in overflown], (
+        "no weight had moved when memory ran short"
+    )
+    assert not short.moved
     fallen = [(step, fact.reason) for step, fact in told(straight, FallbackEntered)]
     assert fallen == [(SHORT, "training_breaker_opened"), (first, "training_breaker_opened")]
     assert len(told(straight, FallbackLeft)) == 2

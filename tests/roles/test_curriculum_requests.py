@@ -143,6 +143,17 @@ def test_in_lockstep_a_request_waits_for_the_round_to_end(tmp_path: Path) -> Non
         assert held.loop.learner.state().digest == digest
 
 
+def test_what_was_obeyed_is_told_although_the_learner_is_stopped(tmp_path: Path) -> None:
+    """Otherwise the supervisor would say that the training ended first, and the journal that it obeyed."""
+    with living(tmp_path / "run", *SMALL, *STAGES, "supervisor.journal_commit_interval_ms=1000") as life:
+        life.begin()
+        life.until_ready()
+        life.server.send("learner-0-1", AskCurriculum(request=request("r1")))
+        life.until(lambda: any(report.metrics.get("curriculum_stage") == 1 for report in life.said(Progress)))
+        life.stop()
+        assert [settled.reply.advanced for settled in life.said(CurriculumSettled)] == [True]
+
+
 def test_the_learners_process_is_asked_and_answers_over_its_line(tmp_path: Path) -> None:
     with living(tmp_path / "run", *SMALL, *STAGES) as life:
         life.begin()

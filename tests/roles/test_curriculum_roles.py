@@ -20,6 +20,7 @@ from supervisor.roles.data import examined_data
 from tests.roles.bench import LANES, Actor, Bench, bench, episode, make_config
 from tests.roles.pair import SMALL, Pair, control_line
 from tests.roles.test_actor_lockstep import ACTORS, ROUNDS, History, Run, history
+from tests.roles.test_failed_steps import folded
 
 SHORT, LONG = 4, 6
 """Steps of an episode in each stage."""
@@ -105,6 +106,27 @@ def test_a_journal_with_stages_folds_to_the_same_state_and_the_stage_is_told_at_
     assert held.loop.learner.engine.consolidation is not None
     assert held.loop.learner.curriculum.episodes == 1
     assert stage_told(held, held.actor(incarnation=2)) == 1
+
+
+@pytest.mark.parametrize("lost", ["outcomes", "verdict", "experience"])
+def test_where_something_is_quarantined_the_stage_is_still_the_one_in_which_actors_are(
+    held: Bench, lost: str
+) -> None:
+    one, two = held.actor(0), held.actor(1)
+    held.send(two)
+    held.send(one, episodes=passed())
+    held.send(one, stage=1, episodes=passed()[:1])
+    held.make_durable()
+    learner = held.loop.learner
+    assert learner.stage == 1
+    records = {record.position: record for record in held.records()}
+    (verdict,) = [position for position, record in records.items() if record.kind == "CurriculumJudged"]
+    experience = [position for position, record in records.items() if record.kind == "ExperienceAdmitted"]
+    quarantined = {"verdict": verdict, "experience": experience[0], "outcomes": experience[1]}[lost]
+    fold = folded(held, quarantined=(quarantined,))
+    assert fold.learner.stage == 1, "no stage is gone back to"
+    assert fold.learner.curriculum.episodes == learner.curriculum.episodes == 1
+    assert (fold.learner.engine.consolidation is None) == (lost == "verdict")
 
 
 @pytest.mark.parametrize("stage", [-1, 2, 10**6])

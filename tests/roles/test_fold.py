@@ -453,11 +453,11 @@ def test_an_unknown_kind_and_a_wrong_header_are_refused_by_position(tmp_path: Pa
 def test_a_journal_says_under_which_configuration_it_was_made(tmp_path: Path, long: Scribe) -> None:
     assert config_of_journal(long.journal.directory) == long.config
     with Journal(tmp_path / "other", owner="learner-0", run_id=RUN_ID) as journal:
-        with pytest.raises(ContractError, match="does not begin with RunStarted"):
+        with pytest.raises(ContractError, match="does not begin with RunStarted: it is empty"):
             config_of_journal(journal.directory)
         journal.append("StepSkipped", {"step": 1, "reason": ""})
         journal.sync()
-        with pytest.raises(ContractError, match="does not begin with RunStarted"):
+        with pytest.raises(ContractError, match="does not begin with RunStarted: it is not a learner's"):
             config_of_journal(journal.directory)
 
 

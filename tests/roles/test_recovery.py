@@ -185,6 +185,32 @@ def test_it_goes_on_from_the_newest_checkpoint(scribe: Scribe, run_dir: Path) ->
     assert life.recovery.checkpoint_step == manifest.step
 
 
+@pytest.mark.parametrize("origin", ["checkpoint", "start"])
+def test_whoever_waits_is_told_before_anything_is_compiled_wherever_it_went_on_from(
+    scribe: Scribe, run_dir: Path, origin: str
+) -> None:
+    """Otherwise a learner that compiles for minutes after its recovery would be taken for one that hangs."""
+    if origin == "start":
+        shutil.rmtree(run_dir / "checkpoints")
+    told: list[str] = []
+    with journal_at(run_dir) as journal, Attempts(run_dir / "learner-0.attempts") as attempts:
+        recovery = Recovery(
+            run_dir,
+            RUN_ID,
+            2,
+            scribe.config,
+            journal,
+            attempts,
+            TickingClock(),
+            lambda _: None,
+            compiling=lambda: told.append("compiling"),
+        )
+        learner = recovery.run().learner
+    assert (recovery.checkpoint_step > 0) == (origin == "checkpoint")
+    learner.engine.computation.compiling()
+    assert told == ["compiling"]
+
+
 def test_a_second_life_goes_on_from_what_the_first_one_left(scribe: Scribe, run_dir: Path) -> None:
     live(run_dir, scribe.config, 2)
     again = live(run_dir, scribe.config, 3)

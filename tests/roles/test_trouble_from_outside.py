@@ -55,6 +55,65 @@ def test_a_halt_is_lifted_once_and_the_journal_gives_what_came_of_it(tmp_path: P
         assert len(held.records("HaltLifted")) == 1
 
 
+def test_a_lifted_halt_is_folded_where_the_failure_that_led_to_it_is_quarantined(tmp_path: Path) -> None:
+    with bench(tmp_path / "run", EVERY, *FRAIL) as held:
+        halt(held)
+        held.kill()
+        held.live(2)
+        held.loop.lift_halt(1)
+        held.clock.advance(60.0)
+        fill(held, [held.actor(0, 2), held.actor(1, 2)], 2)
+        last = held.records("StepFailed")[-1]
+        fold = folded(held, quarantined=(last.position,))
+        assert fold.learner.steps_done == held.loop.learner.steps_done
+        assert fold.learner.lifted(1) is None, "the order is obeyed all the same"
+
+
+def test_behind_an_open_breaker_it_is_time_that_is_waited_for(tmp_path: Path) -> None:
+    """Actors wait for credits meanwhile: were it experience, all would seem to wait for each other, and be killed."""
+    with bench(tmp_path / "run", EVERY, "simic_trainer.training_breaker_failure_threshold=1") as held:
+        assert held.loop.waiting_for == "experience"
+        break_updates(held.loop.learner, not_finite)
+        fill(held, [held.actor(0), held.actor(1)], 2)
+        assert not held.loop.may_step
+        assert held.loop.waiting_for == "breaker"
+        held.clock.advance(60.0)
+        assert held.loop.waiting_for == "experience"
+
+
+def test_nobody_waits_behind_a_halt(tmp_path: Path) -> None:
+    with bench(tmp_path / "run", EVERY, *FRAIL) as held:
+        halt(held)
+        assert held.loop.waiting_for == "experience", "the supervisor ends it, no time does"
+
+
+@pytest.mark.parametrize("mode", ["free", "lockstep"])
+def test_the_buffers_bytes_are_an_input_and_lockstep_measures_no_throughput(
+    tmp_path: Path, mode: str
+) -> None:
+    lockstep = ("supervisor.lockstep=true",) if mode == "lockstep" else ()
+    with bench(tmp_path / "run", EVERY, *lockstep) as held:
+        actors = [held.actor(0), held.actor(1)]
+        for _ in range(3):
+            for actor in actors:
+                held.send(actor, held.loop._published[0])
+            held.step_all()
+            held.loop.open_round()
+            held.make_durable()
+        inputs = held.records("LearnerStepped")[0].header_as(LearnerStepped).inputs
+        learner = held.loop.learner
+        assert inputs is not None
+        assert inputs.buffer_bytes == learner.buffer.bytes > 0
+        assert (inputs.experiences_since is None) == (mode == "lockstep")
+        assert learner.safety.windows["buffer_bytes"].latest == learner.buffer.bytes
+        assert (learner.safety.windows["throughput"].latest is None) == (mode == "lockstep")
+        told = learner.safety_figures()
+        assert told["slo_budget_left.buffer_bytes"] == 1.0
+        assert "slo_budget_left.ttl_cleanup" not in told, "nothing in this buffer has an end of its time"
+        assert "slo_budget_left.step_latency" not in told or mode == "free"
+        assert is_same_state(folded(held).learner.state(), learner.state())
+
+
 def test_in_lockstep_a_lifted_halt_needs_no_clock(tmp_path: Path) -> None:
     with bench(tmp_path / "run", EVERY, *FRAIL, "supervisor.lockstep=true") as held:
         actors = [held.actor(0), held.actor(1)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -14,9 +15,10 @@ from typing import Any, NamedTuple
 import msgspec
 import pytest
 import yaml
+from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
-from esper_simic.config import Config
+from esper_simic.config import Config, SupervisorConfig
 from esper_simic.errors import ConfigError, UnavailableError
 from supervisor import cli, cli_history, status
 from supervisor.cli_common import USAGE
@@ -542,7 +544,11 @@ def test_run_obeys_its_options_and_reports(
     assert text.index(learned) < text.index(rival)
     assert "learned against random: higher in return, host accuracy, parameters added" in text
     assert "run run-1 finished: the run is complete" in text
-    assert "simic-supervisor run --preset digits --seed 8 --config mine.yaml" in text
+    again = next(line.strip() for line in said.out.splitlines() if "run --preset" in line)
+    assert again.startswith("simic-supervisor run --preset digits --seed 8 --config mine.yaml --set ")
+    for given in ("supervisor.num_actors=1", "supervisor.max_seconds=12.5", "supervisor.max_steps=900"):
+        assert f" --set {given}" in again, "another run like it has the same keys"
+    assert "simic_trainer.seed" not in text, "the next seed is another one"
 
 
 def test_run_says_when_the_return_reached_its_last_height(
@@ -599,6 +605,22 @@ def test_run_that_goes_on_says_so_and_draws_only_what_is_new(
     assert said.out.count("the learner computes on cpu: adam fused, compile none\n") == 1
     reader = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
     assert [event.step for event in reader.Scalars("losses/entropy")] == [410]
+
+
+def test_a_taken_port_is_told_once_and_so_is_when_it_was_had(tmp_path: Path) -> None:
+    out = io.StringIO()
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        display = cli._Display(Console(file=out), tmp_path, SupervisorConfig(metrics_port=port))
+        for elapsed_s in (1.0, 2.0, 15.0):
+            display(picture(training(), elapsed_s=elapsed_s))
+    display(picture(training(), elapsed_s=30.0))
+    display(picture(training(), elapsed_s=45.0))
+    display.close()
+    told = [line for line in out.getvalue().splitlines() if "metrics are" in line]
+    assert len(told) == 2
+    assert told[0].startswith(f"metrics are not served: 127.0.0.1:{port} cannot be had")
+    assert told[1] == f"metrics are served on http://127.0.0.1:{port}/metrics now"
 
 
 def test_a_disk_that_does_not_take_the_scalars_ends_no_run(

@@ -85,7 +85,7 @@ def run_dir(tmp_path: Path) -> Path:
     ("arguments", "present", "stage", "mode"),
     [
         (("--advance",), 0, "run", CoordinationMode.STRATEGY_DRIVEN),
-        (("--advance",), 1, "run", CoordinationMode.STRATEGY_DRIVEN),
+        (("--advance", "--request-id", "before"), 1, "run", CoordinationMode.STRATEGY_DRIVEN),
         (("--hold",), 0, "walk", CoordinationMode.STRATEGY_DRIVEN),
         (("--release",), 1, "run", CoordinationMode.INDEPENDENT),
         (("--stage", "walk"), None, "walk", CoordinationMode.STRATEGY_DRIVEN),
@@ -147,6 +147,33 @@ def test_a_refusal_is_told_with_its_reason(door: Door, run_dir: Path) -> None:
     assert (said.code, said.out) == (1, "")
     assert "refused: unknown stage 'rnu'; did you mean 'run'?" in said.err
     assert supervisor.requests[0].stage == "rnu"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--advance", "--request-id", "x" * 129), "length <= 128"),
+        (("--stage", "s" * 129), "length <= 128"),
+        (("--advance", "--min-episodes", str(10**30)), "2**64"),
+    ],
+)
+def test_what_no_door_takes_is_refused_here_with_the_reason(
+    door: Door, run_dir: Path, arguments: tuple[str, ...], words: str
+) -> None:
+    supervisor = Supervisor(run_dir, 0)
+    with supervised(run_dir, supervisor.answer):
+        said = door("curriculum", run_dir, *arguments, "--wait-seconds", "1")
+    assert (said.code, said.out, supervisor.requests) == (2, "", [])
+    assert words in said.err
+
+
+def test_the_last_stage_is_not_said_to_have_been_left(door: Door, run_dir: Path) -> None:
+    supervisor = Supervisor(run_dir, 1)
+    with supervised(run_dir, supervisor.answer):
+        said = door("curriculum", run_dir, "--advance")
+    assert (said.code, said.out) == (1, "")
+    assert "stage 'run' is the last one" in said.err
+    assert supervisor.requests == []
 
 
 @pytest.mark.parametrize("arguments", [(), ("--advance", "--hold"), ("--stage", "a", "--release")])

@@ -10,7 +10,8 @@ import pytest
 import yaml
 from pydantic.fields import FieldInfo
 
-from esper_simic.config import Config, EnvironmentConfig, TrainerConfig, to_yaml
+from esper_simic.config import Config, EnvironmentConfig, TrainerConfig, parse, to_yaml
+from esper_simic.config_curriculum import CurriculumStage
 from esper_simic.errors import ConfigError
 from supervisor import config_file
 
@@ -124,7 +125,7 @@ def test_every_key_of_the_configuration_is_explained_once_with_words() -> None:
     explained = config_file.explain("digits")
     paths = [key.path for key in explained]
     assert len(set(paths)) == len(paths)
-    assert paths == list(leaves(yaml.safe_load(to_yaml(Config()))))
+    assert [path for path in paths if "[]" not in path] == list(leaves(yaml.safe_load(to_yaml(Config()))))
     assert all(key.description.endswith(".") for key in explained)
     assert not any(word in key.allowed for key in explained for word in ("Ge(", "Le(", "Gt(", "Lt("))
 
@@ -141,6 +142,16 @@ def test_explaining_tells_default_and_the_presets_value() -> None:
     assert "'" not in floors.value
     assert [key.default for key in config_file.explain("digits", "mask_gates")] == ["true"]
     assert [key.path for key in config_file.explain("digits", "reward.mode")] == ["environment.reward.mode"]
+
+
+def test_stages_are_explained_as_they_are_written_and_key_by_key() -> None:
+    (stages, *inner) = config_file.explain("digits", "curriculum_stages")
+    trainer = config_file.load("digits").simic_trainer
+    written = parse(f"simic_trainer: {{curriculum_stages: {stages.value}}}").simic_trainer
+    assert written.curriculum_stages == trainer.curriculum_stages
+    assert [key.path.rpartition("[].")[2] for key in inner] == list(CurriculumStage.model_fields)
+    rate = next(key for key in inner if key.path.endswith("min_success_rate"))
+    assert (rate.value, rate.default, rate.allowed) == ("of each", "required", "in (0, 1]")
 
 
 def test_a_key_that_is_none_is_refused() -> None:

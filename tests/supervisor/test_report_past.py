@@ -5,13 +5,24 @@ from __future__ import annotations
 import math
 import tracemalloc
 from pathlib import Path
+from typing import Final, get_args
 
 import msgspec
 import pytest
 
+from esper_simic.curriculum_facts import (
+    CoordinationMode,
+    CurriculumAdvanced,
+    CurriculumAnswered,
+    CurriculumHeld,
+    CurriculumReply,
+    CurriculumRequest,
+)
 from esper_simic.events import (
+    AdaptersBegun,
     AdmissionPaused,
     AdmissionResumed,
+    CurriculumJudged,
     EpisodeFinished,
     ExperienceAdmitted,
     ExperienceRefused,
@@ -19,7 +30,33 @@ from esper_simic.events import (
     LearnerStepped,
     RecordQuarantined,
     RunStarted,
+    StepFact,
+    StepFailed,
 )
+from esper_simic.rate_facts import RateChanged, Tampered
+from esper_simic.safety_facts import (
+    BatchGrown,
+    BatchShrunk,
+    BreakerClosed,
+    BreakerHalfOpened,
+    BreakerOpened,
+    ClipRelaxed,
+    ClipTightened,
+    ConservativeModeEntered,
+    ConservativeModeLeft,
+    ConservativeTriggersAdded,
+    FallbackEntered,
+    FallbackLeft,
+    GoodStateRestored,
+    RateLowered,
+    RateRaised,
+    SafetyFact,
+    SloRestored,
+    SloViolated,
+    TrainingHalted,
+    TrainingResumed,
+)
+from esper_simic.safety_step import StepInputs
 from supervisor.events import ExitReason
 from supervisor.journal import Record
 from supervisor.report.gather import Gathered, gather
@@ -238,3 +275,126 @@ def test_what_befell_the_processes_is_told(tmp_path: Path) -> None:
     assert "actor-0 (life 1) was gone: signal, signal 9 (SIGKILL); log: x" in texts
     assert "learner-0 (life 1) was gone: error, exit status 1" in texts
     assert any(text.startswith("learner-0 is started again (life 2)") for text in texts)
+
+
+FACTS: Final[dict[str, tuple[StepFact, bool]]] = {
+    "the breaker of V-trace opened after 3 failures in a row": (
+        BreakerOpened(name="vtrace", failures=3),
+        True,
+    ),
+    "the breaker of the training let one through to see": (BreakerHalfOpened(name="training"), False),
+    "the breaker of the training closed": (BreakerClosed(name="training"), False),
+    "objective throughput used up its error budget: 12.5, wanted 180": (
+        SloViolated(objective="throughput", value=12.5, target=180.0),
+        True,
+    ),
+    "objective throughput is within its error budget again": (SloRestored(objective="throughput"), False),
+    "conservative mode began: memory_pressure, slo_violation": (
+        ConservativeModeEntered(triggers=("memory_pressure", "slo_violation"), entries=1),
+        True,
+    ),
+    "conservative mode has more reasons: high_error_rate": (
+        ConservativeTriggersAdded(triggers=("high_error_rate",)),
+        True,
+    ),
+    "conservative mode ended after 101 updates and 61 s": (
+        ConservativeModeLeft(triggers=("memory_pressure",), seconds=60.6, steps=101),
+        False,
+    ),
+    "a gradient of norm 123.5 exploded: clipped at 0.25 of the norm": (
+        ClipTightened(factor=0.25, grad_norm=123.45678),
+        True,
+    ),
+    "gradients stayed calm: clipped at 0.5 of the norm": (ClipRelaxed(factor=0.5), False),
+    "the loss rose for 10 epochs: rates are 0.5 of their schedule": (
+        RateLowered(factor=0.5, epochs=10),
+        True,
+    ),
+    "no divergence any more: rates are 1 of their schedule": (RateRaised(factor=1.0), False),
+    "an update did not fit into memory: batches are 0.5 of what is configured": (
+        BatchShrunk(factor=0.5),
+        True,
+    ),
+    "updates fit into memory: batches are 1 of what is configured": (BatchGrown(factor=1.0), False),
+    "the last good weights came back: not finite": (GoodStateRestored(reason="not finite"), True),
+    "targets are TD(0): failures": (FallbackEntered(targets="TD(0)", reason="failures"), True),
+    "V-trace is trusted again": (FallbackLeft(), False),
+    "the training halted: nothing helped": (TrainingHalted(reason="nothing helped"), True),
+    "the halted training went on": (TrainingResumed(), False),
+    "the weights are frozen: adapters of rank 4 on 9 matrices learn": (
+        AdaptersBegun(rank=4, alpha=8.0, matrices=9),
+        False,
+    ),
+    "somebody else wrote a learning rate of policy: 0.5, not 0.001": (
+        Tampered(name="policy", step=3, group=0, groups=1, found=0.5, written=0.001),
+        True,
+    ),
+}
+
+
+@pytest.mark.parametrize("text", FACTS)
+def test_what_happened_beside_an_update_is_told(text: str) -> None:
+    fact, is_trouble = FACTS[text]
+    made = msgspec.structs.replace(stepped(7, 70), facts=[fact])
+    (mark,) = learned(record(12.0, made)).marks.newest
+    assert mark == (12.0, "learner", text, is_trouble)
+
+
+def test_every_fact_of_safety_has_words() -> None:
+    told = {type(fact) for fact, _ in FACTS.values()}
+    assert told == {*get_args(SafetyFact), Tampered, AdaptersBegun}
+
+
+def test_a_rate_that_follows_its_schedule_is_no_news_and_a_failed_update_tells_its_facts() -> None:
+    warm = RateChanged(name="policy", step=1, causes=["policy"], before=0.0, after=1.0)
+    assert not learned(record(1.0, msgspec.structs.replace(stepped(1, 10), facts=[warm]))).marks.newest
+    failed = StepFailed(
+        step=2,
+        environment_steps=10,
+        digest="d",
+        state_digest=None,
+        reason="the loss is not finite",
+        out_of_memory=False,
+        inputs=StepInputs(at_s=1.0),
+        facts=[GoodStateRestored(reason="not finite")],
+    )
+    told = [mark.text for mark in learned(record(2.0, failed)).marks.newest]
+    assert told == ["update 2 failed: the loss is not finite", "the last good weights came back: not finite"]
+
+
+def test_what_befell_the_curriculum_is_told() -> None:
+    request = CurriculumRequest(
+        request_id="r",
+        stage="run",
+        difficulty=1.0,
+        min_success_rate=0.5,
+        min_episodes=1,
+        max_episodes=2,
+        mode=CoordinationMode.STRATEGY_DRIVEN,
+        issued_at_s=0.0,
+    )
+    reply = CurriculumReply(
+        request_id="r", correlation_id="", stage="walk", episodes=3, success_rate=0.5, advanced=False
+    )
+    refused = msgspec.structs.replace(reply, refusal="the breaker is open")
+    judged = CurriculumJudged(
+        at_s=1.0,
+        stage=0,
+        facts=[
+            CurriculumHeld(stage="walk", rounds=2, episodes=500, success_rate=0.25),
+            BreakerOpened(name="curriculum", failures=5),
+            CurriculumAnswered(request=request, reply=refused),
+            CurriculumAnswered(request=request, reply=reply),
+            CurriculumAdvanced(
+                from_stage="walk", to_stage="run", difficulty=1.0, episodes=200, success_rate=0.75
+            ),
+        ],
+    )
+    told = [(mark.text, mark.is_trouble) for mark in learned(record(2.0, judged)).marks.newest]
+    assert told == [
+        ("stage 'walk' is held: round 2 ended after 500 episodes with success rate 0.25", True),
+        ("the breaker of the curriculum opened after 5 failures in a row", True),
+        ("somebody asked for stage 'run', STRATEGY_DRIVEN: refused, the breaker is open", False),
+        ("somebody asked for stage 'run', STRATEGY_DRIVEN: granted", False),
+        ("stage 'walk' was left for 'run' after 200 episodes, success rate 0.75", False),
+    ]

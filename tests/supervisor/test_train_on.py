@@ -59,6 +59,13 @@ def test_without_it_a_halted_run_makes_its_checkpoint_and_fails_again_with_the_r
     assert "run --resume RUN --train-on" in world.state.finished.reason
 
 
+def test_a_run_that_met_its_timeout_says_so_and_how_it_goes_on() -> None:
+    told = timed_out().state.finished
+    assert told is not None
+    assert "training_timeout_hours" in told.reason
+    assert "--train-on" in told.reason
+
+
 def test_without_it_a_run_that_met_its_timeout_stays_finished() -> None:
     assert timed_out().resume() == []
 
@@ -79,3 +86,17 @@ def test_an_order_outlives_the_supervisor_that_got_it_and_stays_the_same_order()
     assert (world.state.resumes, world.state.lift) == (2, 1)
     world.resume(False, True)
     assert (world.state.resumes, world.state.lift) == (3, 3)
+
+
+@pytest.mark.parametrize("ended", [halted, timed_out])
+def test_an_order_lifts_what_had_halted_when_it_was_given_and_nothing_that_halts_later(ended) -> None:
+    world = ended()
+    world.resume(False, True)
+    world.train()
+    life = next(iter(world.state.of_role("learner")))
+    assert world.state.lift == 0, "it stood ready: it has obeyed, or there was nothing to lift"
+    world.tell(ProgressHeard(child=life, learner_step=99, environment_steps=900, is_halted=True))
+    world.gone(life)
+    assert world.state.lift == 0, "a life that makes the checkpoint of a halted training lifts nothing"
+    world.resume()
+    assert world.state.lift == 0, "nor does one that nobody asked to"

@@ -427,6 +427,19 @@ def test_the_report_of_a_failed_run_names_the_logs_and_shows_no_table() -> None:
     ]
 
 
+def test_the_report_of_a_run_that_could_not_obey_its_configuration_says_what_can_change() -> None:
+    failed = msgspec.structs.replace(
+        OUTCOME, outcome="failed", exit_code=78, reason="no device", checkpoint=None
+    )
+    console, out = pipe()
+    report(console, Path("/runs/a"), failed, "")
+    lines = out.getvalue().splitlines()
+    assert "under other keys begin in another --run-dir" in lines[3]
+    assert lines[-1] == "  tensorboard --logdir /runs/a/tensorboard", (
+        "nothing is named that would be no such run"
+    )
+
+
 @pytest.mark.parametrize("outcome", ["stopped", "failed"])
 def test_the_report_of_a_run_that_can_go_on_says_how_first(outcome: Any) -> None:
     console, out = pipe()

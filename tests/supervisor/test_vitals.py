@@ -99,6 +99,14 @@ def test_on_a_full_disk_nobody_is_late() -> None:
     assert set(vitals.progressed_at_s(500.0, BOTH).values()) == {500.0}
 
 
+def test_while_a_breaker_is_open_nobody_is_late() -> None:
+    vitals = Vitals()
+    for at_s in (1.0, 500.0):
+        vitals.heard(report(LEARNER, 1, waiting_for="breaker"), at_s)
+        vitals.heard(report(actor(0), 1, waiting_for="credit"), at_s)
+    assert set(vitals.progressed_at_s(500.0, BOTH).values()) == {500.0}
+
+
 def test_a_forgotten_child_is_gone_from_the_table() -> None:
     vitals = Vitals()
     vitals.heard(report(actor(0), 1), 1.0)

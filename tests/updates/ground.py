@@ -8,12 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from esper_simic.actions import Op
 from esper_simic.config import TrainerConfig
-from esper_simic.graphs import ObservationSpec
+from esper_simic.graphs import FlatGrowthSpec, ObservationSpec
 from esper_simic.policies.policy import Policy
 from esper_simic.reward_scale import RewardScale
 from esper_simic.safety import StepMode
-from esper_simic.specs import ExperienceSpec
+from esper_simic.specs import Choices, ExperienceSpec
 from esper_simic.trajectory import Trajectory
 from esper_simic.updates.batch import Batch, prepare
 from esper_simic.updates.engine import Engine
@@ -84,6 +85,21 @@ class Ground:
         self.trainer = trainer(algorithm, **settings)
         self.engine = Engine(self.trainer, SPECS[spec])
         self.trajectory = unroll(self.engine.policy, seed)
+
+    def force(self, t: int, lane: int) -> None:
+        """Leave nothing to choose at a step, where there are masks: it was done because nothing else was legal."""
+        spec, actions = self.engine.policy.spec, self.trajectory.actions
+        if "action_mask" not in self.trajectory.observations:
+            return
+        mask = self.trajectory.observations["action_mask"][t, lane]
+        if isinstance(spec, ObservationSpec | FlatGrowthSpec):
+            mask[spec.mask_layout.op] = torch.eye(len(Op), dtype=mask.dtype)[Op.WAIT]
+            actions[t, lane] = 0
+        elif isinstance(spec.action, Choices):
+            mask.zero_()
+            starts = np.cumsum((0, *spec.action.sizes[:-1]))
+            mask[torch.from_numpy(starts) + actions[t, lane]] = 1
+        self.trajectory.behaviour_log_probs[t, lane] = 0.0
 
     @property
     def policy(self) -> Policy:

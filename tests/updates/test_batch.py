@@ -17,7 +17,9 @@ def test_every_step_has_its_reward_its_discount_and_its_weights(spec: str) -> No
     scale = RewardScale(0.95)
     begins = ground.trajectory.episode_start[0]
     scale.update(0, begins, ground.trajectory.rewards * 3, ground.trajectory.ended)
+    ground.force(1, 2)
     batch = prepare(ground.trajectory, ground.policy, scale, ground.trainer)
+    assert bool((batch.policy_weights == 0).any()) == ("action_mask" in ground.trajectory.observations)
     assert (batch.length, batch.lanes) == (T, LANES)
     free = ground.policy.free(ground.trajectory.observations)
     for t in range(T):

@@ -322,6 +322,25 @@ def test_a_copy_computes_with_its_own_weights() -> None:
     assert copied(weights(engine)) == before
 
 
+@looks_at_gradients
+@pytest.mark.usefixtures("_traced")
+def test_who_waits_is_told_that_a_policy_with_adapters_is_compiled_anew() -> None:
+    """It takes minutes, of which a learner that said nothing would be killed."""
+    engine = Engine(trainer(lora_start_step=1, lora_rank=2), SPECS["one"], COMPILED)
+    told: list[int] = []
+    engine.computation.compiling = lambda: told.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    trajectory = unroll(engine.policy)
+    torch._dynamo.utils.counters.clear()
+    update(engine, trajectory)
+    update(engine, trajectory)
+    assert told == [0, 1], "before the evaluation, and before the loss"
+    engine.adapters_at(1)
+    for _ in range(2):
+        update(engine, trajectory)
+    assert told == [0, 1, 2], "the loss is the same as ever"
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3
+
+
 def test_without_a_compiler_it_is_said_once_of_each_and_the_bits_are_the_plain_ones() -> None:
     torch._dynamo.reset()
     plain, compiled = (Engine(trainer(), SPECS["one"], way) for way in (CPU, COMPILED))

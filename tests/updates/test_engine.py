@@ -134,6 +134,23 @@ def test_rates_follow_the_modes_factor_and_tell_it() -> None:
     assert ground.engine.optimisers.rates.rates() == {"policy": 5e-4, "value": 1e-3, "critics": 1e-3}
 
 
+def test_optimisers_whose_parameters_stay_go_on_where_adapters_begin() -> None:
+    """Critics have none: neither their moments nor their warm-up begin anew with the policy's."""
+    ground = Ground("IQL", lora_start_step=2, lora_rank=2, warmup_epochs=8)
+    for _ in range(2):
+        ground.update()
+    optimisers = ground.engine.optimisers
+    of_critics = {name: t.clone() for name, t in optimisers.tensors().items() if name.startswith("critics.")}
+    assert of_critics
+    ground.engine.adapters_at(2)
+    begun = ground.engine.optimisers
+    assert copied(begun.tensors()) == copied(of_critics), "and those of adapters have none yet"
+    assert begun.rates.state_dict() == {"policy": 0, "value": 0, "critics": 2}
+    ground.update()
+    rates = begun.rates.rates()
+    assert rates["critics"] == pytest.approx(3 * rates["policy"])
+
+
 def test_an_engine_is_a_function_of_its_configuration() -> None:
     one, two = Ground("IQL", seed=0), Ground("IQL", seed=1)
     assert copied(one.engine.tensors()) == copied(two.engine.tensors())

@@ -13,7 +13,7 @@ from esper_simic.breaker import VtraceRatios
 from esper_simic.safety import StepMode
 from esper_simic.updates import impala as impala_module
 from esper_simic.updates.update import ratios_of
-from tests.updates.ground import SPECS, Ground, copied, weights
+from tests.updates.ground import SPECS, Ground, T, copied, weights
 
 
 @pytest.fixture
@@ -72,6 +72,34 @@ def test_targets_are_vtraces_where_it_can_be_trusted(
     ground.trajectory.behaviour_log_probs.sub_(0.5)  # each ratio is e^0.5
     ground.update(mode)
     assert [arguments["targets"] for arguments in asked] == [expected]
+
+
+@pytest.mark.parametrize("spec", ["graph", "many", "masked"])
+def test_the_loss_is_asked_of_the_batch_and_of_what_the_policy_thinks_of_it(
+    spec: str, asked: list[dict[str, Any]]
+) -> None:
+    ground = Ground(spec=spec)
+    ground.force(1, 2)
+    batch = ground.batch
+    evaluation = batch.evaluate(ground.policy)
+    ground.update()
+    (arguments,) = asked
+    expected = {
+        "log_probs": evaluation.log_probs[:T],
+        "behaviour_log_probs": ground.trajectory.behaviour_log_probs,
+        "values": evaluation.values[:T],
+        "bootstrap_value": evaluation.values[T],
+        "rewards": batch.rewards,
+        "discounts": batch.discounts,
+        "entropies": evaluation.entropy[:T],
+        "policy_weights": batch.policy_weights,
+        "value_weights": batch.value_weights,
+    }
+    assert {name: torch.equal(arguments[name], tensor) for name, tensor in expected.items()} == dict.fromkeys(
+        expected, True
+    )
+    learned = {name for name in expected if arguments[name].requires_grad}
+    assert learned == {"log_probs", "values", "entropies"}
 
 
 def test_the_norm_that_gradients_are_clipped_to_has_the_modes_factor() -> None:

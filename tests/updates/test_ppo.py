@@ -76,8 +76,64 @@ def test_each_epoch_takes_every_lane_once_around_an_anchor_that_stays(spy: Spy) 
         moved += not torch.allclose(arguments["values"], anchor.values[:T, lanes])
     assert moved == 11, "all but the first step start where others have been"
     assert (updated.metrics["ppo_steps"], updated.metrics["ppo_stopped_early"]) == (12.0, 0.0)
-    assert ground.engine.optimisers.rates.state_dict() == {"policy": 12, "value": 12}
+    assert ground.engine.optimisers.moves == 12
     assert updated.loss == pytest.approx(np.mean(spy.total), rel=1e-5)
+
+
+@pytest.mark.parametrize("spec", ["graph", "many", "masked"])
+def test_targets_and_loss_are_asked_of_the_batch_and_of_what_the_policy_thinks_of_it(
+    spy: Spy, spec: str
+) -> None:
+    ground = Ground("APPO", spec, **NEVER_EARLY)
+    ground.force(1, 2)
+    batch = ground.batch
+    with torch.no_grad():
+        anchor = batch.evaluate(ground.policy)
+    ground.update()
+    (asked,), (of_loss,) = spy.targets, spy.losses
+    expected = {
+        "log_rhos": anchor.log_probs[:T] - ground.trajectory.behaviour_log_probs,
+        "rewards": batch.rewards,
+        "discounts": batch.discounts,
+        "values": anchor.values[:T],
+        "bootstrap_value": anchor.values[T],
+    }
+    assert {name: torch.equal(asked[name], tensor) for name, tensor in expected.items()} == dict.fromkeys(
+        expected, True
+    )
+    (lanes,) = minibatches(LANES, 1, np.random.default_rng(0))
+    evaluation = batch.of_lanes(torch.from_numpy(lanes)).evaluate(ground.policy)
+    assert torch.equal(of_loss["policy_weights"], batch.policy_weights[:, lanes])
+    assert torch.equal(of_loss["value_weights"], batch.value_weights[:, lanes])
+    for head, found in of_loss["heads"].items():
+        assert torch.equal(found.relevance, evaluation.heads.relevance[head][:T])
+        assert torch.equal(found.availability, evaluation.heads.available[head][:T])
+        assert found.entropies.shape == found.log_probs.shape == (T, LANES)
+        assert torch.allclose(found.log_probs, found.anchor_log_probs, atol=1e-6), "nothing has moved yet"
+        assert torch.allclose(found.entropies, anchor.heads.head_entropies[head][:T, lanes], atol=1e-6)
+        assert found.log_probs.requires_grad
+
+
+def test_a_schedule_counts_updates_however_many_steps_they_make(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`warmup_epochs` and `lr_horizon_updates` are numbers of updates."""
+    settings: dict[str, Any] = {"ppo_epochs": 2, "ppo_minibatches": 3, "warmup_epochs": 4, **NEVER_EARLY}
+    ground = Ground("PPO", **settings)
+    optimisers = ground.engine.optimisers
+    rates: list[float] = []
+    adam = optimisers._by_name["policy"]
+    make = adam.step
+
+    def step() -> None:
+        rates.append(adam.param_groups[0]["lr"])
+        make()
+
+    monkeypatch.setattr(adam, "step", step)
+    for _ in range(5):
+        ground.update()
+    assert optimisers.moves == len(rates) == 5 * 2 * 3
+    expected = [rate for rate in (0.25e-3, 0.5e-3, 0.75e-3, 1e-3, 1e-3) for _ in range(6)]
+    assert rates == pytest.approx(expected)
+    assert optimisers.rates.state_dict() == {"policy": 5, "value": 5}
 
 
 def test_there_are_no_more_minibatches_than_lanes(spy: Spy) -> None:
@@ -112,9 +168,7 @@ def test_an_update_ends_where_the_policy_has_moved_far_enough(
     updated = ground.update()
     assert updated.metrics["ppo_steps"] == steps
     assert updated.metrics["ppo_stopped_early"] == float(steps < 4)
-    assert ground.engine.optimisers.rates.state_dict()["policy"] == steps, (
-        "the one that showed it is not made"
-    )
+    assert ground.engine.optimisers.moves == steps, "the one that showed it is not made"
     assert updated.metrics["approx_kl"] == pytest.approx(np.mean(approx_kl[:steps])), "of those made"
 
 

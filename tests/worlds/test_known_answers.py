@@ -284,3 +284,39 @@ def test_problems_must_be_reset_and_know_two_ways_to_begin_anew(name):
 def test_unseeded_problems_differ():
     first, second = (GridWorldVectorEnv(50).reset()[0] for _ in range(2))
     assert not np.array_equal(first, second)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("wrong", ["beyond", "below", "not a number", "too many"])
+def test_an_action_outside_the_space_is_refused(name, wrong):
+    envs = problem(name, lanes=2)
+    envs.reset(seed=0)
+    right = np.asarray(envs.action_space.sample())
+    if isinstance(envs.single_actions, gymnasium.spaces.Box):
+        actions = {
+            "beyond": np.full_like(right, 0.75),
+            "below": np.full_like(right, -0.75),
+            "not a number": np.full_like(right, np.nan),
+            "too many": np.concatenate((right, right)),
+        }[wrong]
+    else:
+        actions = {
+            "beyond": np.full_like(right, envs.single_actions.n),
+            "below": np.full_like(right, -1),
+            "not a number": right.astype(np.float64),
+            "too many": np.concatenate((right, right)),
+        }[wrong]
+    with pytest.raises(ContractError, match="actions are a batch of 2 of"):
+        envs.step(actions)
+    assert envs.elapsed.tolist() == [0, 0], "nothing was done"
+    envs.step(right)
+
+
+def test_an_episode_that_is_over_must_be_begun_anew():
+    env = gymnasium.make("esper_simic/Bandit-v0").unwrapped
+    env.reset(seed=0)
+    assert env.step(0)[2]
+    with pytest.raises(ContractError, match="its episode is over"):
+        env.step(0)
+    env.reset()
+    assert env.step(0)[2]
