@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from esper_simic.errors import UnavailableError
 from supervisor.bus import Received, Server, ipc_endpoint, runtime_directory
 from supervisor.child import ChildSpec
 from supervisor.protocol import ACCEPTS, FromChild, Message, Noted, Stop, Stopped
@@ -110,7 +111,15 @@ class Pair:
             assert time.monotonic() < deadline_s
             time.sleep(0.002)
 
+    def _asked_to_stop(self, peer: str) -> bool:
+        """A child may be slower to come to the control line than its predecessor's unrolls were."""
+        try:
+            self.control.server.send(peer, Stop(reason="enough"))
+        except UnavailableError:
+            return False
+        return True
+
     def stop(self, child: Thread, incarnation: int = 1, index: int = 0) -> None:
-        self.control.server.send(f"actor-{index}-{incarnation}", Stop(reason="enough"))
+        self.wait(lambda: self._asked_to_stop(f"actor-{index}-{incarnation}"), self.turn)
         self.wait(lambda: not child.is_alive(), self.turn)
         child.finish()
