@@ -23,7 +23,7 @@ from supervisor.vitals import ProcessView, Snapshot
 COMMAND = Path(sys.executable).with_name("simic-supervisor")
 START_DEADLINE_S = 180.0
 """A busy machine imports the heavy libraries twice, in the learner and in the fork server."""
-DEADLINE_S = 60.0
+DEADLINE_S = 120.0
 POLL_S = 0.05
 
 SETTINGS = {
