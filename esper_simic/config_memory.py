@@ -28,6 +28,12 @@ class LoraKeys(Section):
         ge=0,
         description="After this update the weights are frozen and adapters alone learn; unset: never.",
     )
+    initial_adapters: str | None = Field(
+        None,
+        description="Adapters to begin with, on the weights of initial_policy, on which they were trained: the "
+        "directory of a run, or a file of `simic-supervisor checkpoint adapters`. With lora_start_step 0, and their "
+        "rank and alpha. Unset: adapters that change nothing yet.",
+    )
 
     @property
     def lora_enabled(self) -> bool:

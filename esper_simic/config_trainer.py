@@ -104,6 +104,16 @@ class TrainerConfig(
         return self
 
     @model_validator(mode="after")
+    def _adapters_have_their_weights(self) -> TrainerConfig:
+        if self.initial_adapters is None:
+            return self
+        if self.lora_start_step != 0:
+            raise ValueError("initial_adapters are there from the beginning: set lora_start_step to 0")
+        if self.initial_policy is None:
+            raise ValueError("initial_adapters are of certain weights: name those in initial_policy")
+        return self
+
+    @model_validator(mode="after")
     def _entropy_falls(self) -> TrainerConfig:
         if self.entropy_coefficient_final > self.entropy_coefficient:
             raise ValueError("entropy_coefficient_final must not exceed entropy_coefficient")

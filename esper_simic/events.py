@@ -97,14 +97,16 @@ class HardwareNoted(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PolicyImported(msgspec.Struct, frozen=True, kw_only=True):
-    """The policy began with weights that were made elsewhere: one frame of safetensors follows.
+    """The policy began with weights that were made elsewhere: a frame of safetensors follows, another one for adapters.
 
     `source` is where they were read, `digest` the XXH3-64 of the policy's parameters with them. It stands before every
-    experience; optimisers, values of other learners and counts did not come with it.
+    experience; optimisers, values of other learners and counts did not come with it. `adapters_source` is empty where
+    there came none.
     """
 
     source: str
     digest: str
+    adapters_source: str = ""
 
 
 class ExperienceRefused(msgspec.Struct, frozen=True, kw_only=True):

@@ -48,6 +48,7 @@ from esper_simic.learner_state import LearnerState, digest
 from esper_simic.learning_rates import UnifiedLRController
 from esper_simic.ledger import Ledger, Unconsumed
 from esper_simic.loss_scale import LossScale
+from esper_simic.policies.adapter_state import AdapterState
 from esper_simic.policies.policy import Policy
 from esper_simic.replay import GraphExperienceBuffer, Held, ReplaySample, Serials
 from esper_simic.reward_scale import RewardScale
@@ -162,9 +163,9 @@ class Learner:
         """Fold an `ExperienceAdmitted` that cannot be taken: it counts as made and answered, its contents are gone."""
         self.ledger.admitted(event)
 
-    def begin_with(self, weights: bytes) -> str:
-        """Fold a `PolicyImported`, whose frame are `weights`, before anything else; the parameters' digest."""
-        self.engine.begin_with(safetensors.torch.load(weights))
+    def begin_with(self, weights: bytes, *adapters: bytes) -> str:
+        """Fold a `PolicyImported`, whose frames these are, before anything else; the parameters' digest."""
+        self.engine.begin_with(safetensors.torch.load(weights), *map(AdapterState.from_bytes, adapters))
         return digest(dict(self.policy.named_parameters()))
 
     # -- curriculum ------------------------------------------------------------------------------------------------

@@ -40,9 +40,9 @@ def load(preset: str, path: Path | None = None, assignments: Sequence[str] = ())
 def _anchored(config: Config) -> Config:
     """The same with absolute paths: a run goes on from wherever it is told to."""
     trainer, environment = config.simic_trainer, config.environment
-    if trainer.initial_policy is not None:
-        initial = str(Path(trainer.initial_policy).absolute())
-        trainer = trainer.model_copy(update={"initial_policy": initial})
+    named = {"initial_policy": trainer.initial_policy, "initial_adapters": trainer.initial_adapters}
+    absolute = {key: str(Path(path).absolute()) for key, path in named.items() if path is not None}
+    trainer = trainer.model_copy(update=absolute)
     records = tuple(str(Path(directory).absolute()) for directory in environment.records)
     environment = environment.model_copy(update={"records": records})
     return config.model_copy(update={"simic_trainer": trainer, "environment": environment})

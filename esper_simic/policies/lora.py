@@ -18,7 +18,6 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
@@ -29,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from esper_simic.errors import ContractError, InvariantViolation
+from esper_simic.policies.adapter_state import AdapterState
 
 LAYERS: Final = (nn.Linear, nn.LSTMCell, torch_geometric.nn.Linear)
 """Modules whose matrices can be adapted. Not embeddings: they are read by row, not multiplied."""
@@ -63,23 +63,6 @@ class LowRank(nn.Module):
             return self.merged
         a = self.a if self.mask is None else self.mask.unsqueeze(-1) * self.a
         return torch.addmm(weight, self.b, a, alpha=self.scaling)
-
-
-@dataclass(frozen=True, slots=True)
-class AdapterState:
-    """Adapters alone, to be saved.
-
-    Attributes:
-        tensors: `<name of the weight>.a` and `.b`.
-        rank: Of all of them.
-        alpha: Of all of them.
-        base_digest: XXH3-64, 16 hexadecimal digits, of the base they were trained on.
-    """
-
-    tensors: dict[str, Tensor]
-    rank: int
-    alpha: float
-    base_digest: str
 
 
 class Adapters:
@@ -167,11 +150,7 @@ class Adapters:
 
         The tensors share no memory with the policy where they were adapted.
         """
-        state: dict[str, Tensor] = self._policy.state_dict()
-        effective = self._outside(state)
-        for name, adapter in self._by_name.items():
-            effective[name] = torch.addmm(state[_stored(name)], adapter.b, adapter.a, alpha=adapter.scaling)
-        return effective
+        return merged_weights(self._policy.state_dict(), rank=self.rank, alpha=self.alpha)
 
     def own_state_dict(self) -> dict[str, Tensor]:
         """The adapted policy's own state, which it can load again: its base and its adapters.
@@ -184,8 +163,7 @@ class Adapters:
 
     def base_state_dict(self) -> dict[str, Tensor]:
         """The policy as one without adapters, with its base weights."""
-        state: dict[str, Tensor] = self._policy.state_dict()
-        return self._outside(state) | {name: state[_stored(name)] for name in self._by_name}
+        return base_weights(self._policy.state_dict())
 
     def load_base_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Make this the base: the state of a policy without adapters. The adapters stay as they are.
@@ -195,7 +173,7 @@ class Adapters:
         """
         stored = {_stored(name) if name in self._by_name else name: tensor for name, tensor in state.items()}
         own = self.own_state_dict()
-        outside = self._outside(own)
+        outside = _outside(own)
         kept = {n: t for n, t in own.items() if n not in outside and not n.endswith(".original")}
         self._policy.load_state_dict(kept | stored)
 
@@ -233,7 +211,7 @@ class Adapters:
         return hasher.hexdigest()
 
     def adapter_state(self) -> AdapterState:
-        """The adapters alone, in memory of their own."""
+        """The adapters without their base, with the statistics they learned with; in memory of their own."""
         tensors = {name: tensor.detach().clone() for name, tensor in self._tensors().items()}
         return AdapterState(tensors, self.rank, self.alpha, self.base_digest())
 
@@ -259,21 +237,19 @@ class Adapters:
         if self.merged:
             self.merge()
 
-    def _tensors(self) -> dict[str, nn.Parameter]:
-        return {
-            f"{name}.{part}": parameter
-            for name, adapter in self._by_name.items()
-            for part, parameter in (("a", adapter.a), ("b", adapter.b))
-        }
+    def _tensors(self) -> dict[str, Tensor]:
+        """What moves while the base is frozen: the adapters, and buffers such as a normaliser's."""
+        parameters = {name for name, _ in self._policy.named_parameters()}
+        state: dict[str, Tensor] = self._policy.state_dict(keep_vars=True)
+        moving = {name: tensor for name, tensor in _outside(state).items() if name not in parameters}
+        for name, adapter in self._by_name.items():
+            moving.pop(name, None)  # the effective weight, which some layers save
+            moving |= {f"{name}.a": adapter.a, f"{name}.b": adapter.b}
+        return moving
 
     def _original(self, name: str) -> Tensor:
         layer, leaf = _owner(self._policy, name)
         return layer.get_parameter(_ORIGINAL.format(leaf))
-
-    @staticmethod
-    def _outside(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The part of a state that no adapter touches."""
-        return {name: tensor for name, tensor in state.items() if ".parametrizations." not in f".{name}"}
 
 
 def attach(
@@ -319,13 +295,23 @@ def merged_weights(state: Mapping[str, Tensor], *, rank: int, alpha: float) -> d
         rank: Of the adapters.
         alpha: Of the adapters.
     """
-    merged = Adapters._outside(state)
-    for name, base in state.items():
-        if ".parametrizations." in f".{name}" and name.endswith(".original"):
-            stem = name.removesuffix("original")
-            product = torch.addmm(base, state[f"{stem}0.b"], state[f"{stem}0.a"], alpha=alpha / rank)
-            merged[_plain(name)] = product
+    merged = _outside(state)
+    for stored, base in _bases(state).items():
+        stem = stored.removesuffix("original")
+        merged[_plain(stored)] = torch.addmm(
+            base, state[f"{stem}0.b"], state[f"{stem}0.a"], alpha=alpha / rank
+        )
     return merged
+
+
+def base_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state of a policy with adapters as that of one that never had any: base weights under their plain names."""
+    return _outside(state) | {_plain(stored): base for stored, base in _bases(state).items()}
+
+
+def has_adapters(state: Mapping[str, Tensor]) -> bool:
+    """Whether this is the state of a policy with adapters."""
+    return any(_is_of_adapters(name) for name in state)
 
 
 def adaptable(policy: nn.Module) -> tuple[str, ...]:
@@ -351,6 +337,20 @@ def _refuse_difference(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]
                 f"adapter {name} is {list(there.shape)} {there.dtype}, "
                 f"wanted is {list(tensor.shape)} {tensor.dtype}"
             )
+
+
+def _is_of_adapters(name: str) -> bool:
+    return ".parametrizations." in f".{name}"
+
+
+def _outside(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The part of a state that no adapter touches."""
+    return {name: tensor for name, tensor in state.items() if not _is_of_adapters(name)}
+
+
+def _bases(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The adapted weights of a state by the names under which they are stored."""
+    return {n: tensor for n, tensor in state.items() if _is_of_adapters(n) and n.endswith(".original")}
 
 
 def _owner(policy: nn.Module, name: str) -> tuple[nn.Module, str]:

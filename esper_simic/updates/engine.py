@@ -17,12 +17,14 @@ from torch import Tensor, nn
 from esper_simic import seeding
 from esper_simic.algorithms.ewc import Consolidation, choose_parameters, consolidate, estimate_fisher
 from esper_simic.config import TrainerConfig
+from esper_simic.errors import ContractError
 from esper_simic.events import AdaptersBegun
 from esper_simic.execution import CPU, Execution
 from esper_simic.learning_rates import GroupConfig, LRPolicy
 from esper_simic.loss_scale import LossScale
+from esper_simic.policies.adapter_state import AdapterState
 from esper_simic.policies.build import build_policy
-from esper_simic.policies.lora import Adapters, attach
+from esper_simic.policies.lora import Adapters, attach, has_adapters
 from esper_simic.rate_facts import RateChanged, Tampered
 from esper_simic.safety_step import StepMode
 from esper_simic.specs import ExperienceSpec
@@ -140,18 +142,23 @@ class Engine:
 
     # -- weights from elsewhere ------------------------------------------------------------------------------------
 
-    def begin_with(self, weights: Mapping[str, Tensor]) -> None:
-        """Take over a policy's weights and normaliser, before the first update.
+    def begin_with(self, weights: Mapping[str, Tensor], adapters: AdapterState | None = None) -> None:
+        """Take over a policy's weights and normaliser, and adapters of them, before the first update.
 
         They are also what `restore_good` comes back to at first. Optimisers and critics begin as they are.
 
         Raises:
             RuntimeError: They are those of another policy.
+            ContractError: The adapters are of others, or there is nothing here that they could become.
         """
         if self.adapters is None:
+            if adapters is not None:
+                raise ContractError("there are no adapters here: they begin with an update")
             self.policy.load_state_dict(weights)
         else:
             self.adapters.load_base_state_dict(weights)
+            if adapters is not None:
+                self.adapters.load_adapter_state(adapters)
         self._acting_normaliser = self._normaliser_now()
         self.keep_good()
 
@@ -307,7 +314,7 @@ class Engine:
             ValueError: They are those of another configuration.
             RuntimeError: Likewise.
         """
-        if self.adapters is None and any(".parametrizations." in name for name in tensors):
+        if self.adapters is None and has_adapters(tensors):
             self.begin_adapters()
         good, held = _under(GOOD, tensors), self._execution.to_device(_under(OLD_TASKS, tensors))
         self._load_living({name: t for name, t in tensors.items() if not name.startswith((GOOD, OLD_TASKS))})

@@ -10,11 +10,23 @@ from typing import Annotated, Final
 
 import typer
 
-from supervisor.cli_common import FAILED, OK, UNKNOWN, RunArgument, commands, directory_of, fail, journal_of
+from esper_simic.errors import ContractError, UnavailableError
+from supervisor.cli_common import (
+    FAILED,
+    OK,
+    UNKNOWN,
+    USAGE,
+    RunArgument,
+    commands,
+    directory_of,
+    fail,
+    journal_of,
+)
 from supervisor.cli_history.inventory import Entry, Inventory, contents, take_inventory, verify
 from supervisor.clock import SystemClock
+from supervisor.files import write_atomically
 
-checkpoint_app = commands("List, explain and check the checkpoints of a run.")
+checkpoint_app = commands("List, explain and check the checkpoints of a run, and save adapters alone.")
 
 NameArgument = Annotated[str | None, typer.Argument(help="A checkpoint; by default the newest that counts.")]
 LearnerOption = Annotated[str, typer.Option(help="Which learner.")]
@@ -125,6 +137,36 @@ def checkpoint_verify(
     for path, reason in bad.items():
         print(f"{path} is BAD: {reason}")
     raise typer.Exit(FAILED if bad else OK)
+
+
+@checkpoint_app.command("adapters")
+def checkpoint_adapters(
+    out: Annotated[Path, typer.Option(metavar="FILE", help="Where to write them, as safetensors.")],
+    run_dir: RunArgument = None,
+    name: NameArgument = None,
+    owner: LearnerOption = "learner-0",
+) -> None:
+    """Save the adapters of a checkpoint alone: another run begins with them by simic_trainer.initial_adapters."""
+    found = _inventory(run_dir, owner)
+    entry = _entry(found, name)
+    if out.exists():
+        fail(f"{out} is there already; name another --out, or move it away", USAGE)
+    from supervisor.roles.adapters import adapters_in  # brings torch
+    from supervisor.roles.fold import config_of_journal, read_state
+
+    try:
+        _, state = read_state(entry.path)
+        adapters = adapters_in(state.tensors, config_of_journal(found.journal))
+    except (ContractError, UnavailableError) as error:
+        fail(f"{found.directory / entry.name}: {error}", FAILED)
+    try:
+        write_atomically(out, adapters.to_bytes())
+    except OSError as error:
+        fail(f"cannot write {out}: {error.strerror}", FAILED)
+    print(
+        f"{out}: adapters of {adapters.matrices} matrices, rank {adapters.rank}, alpha {adapters.alpha:g}, "
+        f"of update {entry.manifest.step:,}; trained on weights of digest {adapters.base_digest}"
+    )
 
 
 def _inventory(run_dir: Path | None, owner: str) -> Inventory:

@@ -39,7 +39,8 @@ def summary(event: LearnerEvent) -> str:  # noqa: C901, PLR0911, PLR0912 (a tabl
             who = f"policy {event.policy_version}" if event.behaviour == POLICY else event.behaviour
             return f"{_sender(event)}: {event.length} steps of {event.lanes} lanes by {who}{episodes}"
         case PolicyImported():
-            return f"weights from {event.source}, digest {event.digest}"
+            adapters = f" with adapters from {event.adapters_source}" if event.adapters_source else ""
+            return f"weights from {event.source}{adapters}, digest {event.digest}"
         case ExperienceRefused():
             return f"{_sender(event)}: {event.steps} steps by policy {event.policy_version}: {event.reason}"
         case LearnerStepped():

@@ -365,7 +365,8 @@ def learner_words(event: learned.LearnerEvent) -> tuple[str, str, bool] | None: 
     """Lane, words, and whether it is trouble; None for what goes without saying."""
     match event:
         case learned.PolicyImported():
-            return "learner", f"the policy began with the weights of {event.source}", False
+            adapters = f" and the adapters of {event.adapters_source}" if event.adapters_source else ""
+            return "learner", f"the policy began with the weights of {event.source}{adapters}", False
         case learned.CheckpointSaved():
             return "checkpoints", f"checkpoint {event.directory}, update {event.step}", False
         case learned.LearnerRecovered():

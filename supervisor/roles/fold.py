@@ -186,7 +186,7 @@ class LearnerFold:
         return decode(frames, policy.spec, event.length, event.lanes, policy.state_size)
 
     def _import(self, record: Record, event: PolicyImported) -> Folded:
-        found = self.learner.begin_with(bytes(record.frames[0]))
+        found = self.learner.begin_with(*map(bytes, record.frames))
         if found != event.digest:
             raise ContractError(
                 f"the weights in record {record.position} have digest {found}, it says {event.digest}"

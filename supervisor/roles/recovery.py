@@ -167,15 +167,16 @@ class Recovery:
         trainer = self._config.simic_trainer
         if trainer.initial_policy is None:
             return None
-        policy = self._new_fold(_Tail("")).learner.policy
-        return read_initial_policy(Path(trainer.initial_policy), policy, trainer)
+        return read_initial_policy(trainer, self._new_fold(_Tail("")).learner.engine)
 
     def _begin_with(self, fold: LearnerFold, initial: InitialPolicy | None) -> None:
         """Journal the weights to begin with, if there are any, and take them over; all of it is durable then."""
         if initial is not None:
-            digest = fold.learner.begin_with(initial.weights)
-            event = PolicyImported(source=initial.source, digest=digest)
-            fold.position = self._journal.append("PolicyImported", event, (initial.weights,)) + 1
+            digest = fold.learner.begin_with(*initial.frames)
+            event = PolicyImported(
+                source=initial.source, digest=digest, adapters_source=initial.adapters_source
+            )
+            fold.position = self._journal.append("PolicyImported", event, initial.frames) + 1
         self._journal.sync()
 
     def _quarantine(self) -> None:

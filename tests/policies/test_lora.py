@@ -16,7 +16,15 @@ from torch import Tensor, nn
 
 from esper_simic.errors import ContractError, InvariantViolation
 from esper_simic.policies.actor_critic import ActorCritic
-from esper_simic.policies.lora import Adapters, adaptable, attach
+from esper_simic.policies.adapter_state import AdapterState
+from esper_simic.policies.lora import (
+    Adapters,
+    adaptable,
+    attach,
+    base_weights,
+    has_adapters,
+    merged_weights,
+)
 from tests.policies import synthetic
 from tests.policies.vectors import ONE, SPECS, make, observations
 
@@ -275,12 +283,26 @@ def test_adapters_are_saved_and_loaded_alone(name: str) -> None:
     policy, other = policy_of(name), policy_of(name)
     adapters, others = shaken(attached(policy)), attached(other, seed=7)
     state = adapters.adapter_state()
-    assert set(state.tensors) == {f"{weight}.{part}" for weight in adapters.names for part in "ab"}
+    buffers = {key for key in state.tensors if key.startswith("normaliser.")}
+    assert buffers
+    assert state.tensors.keys() - buffers == {
+        f"{weight}.{part}" for weight in adapters.names for part in "ab"
+    }
+    assert state.matrices == len(adapters.names)
     kept = {key: tensor.clone() for key, tensor in state.tensors.items()}
     others.load_adapter_state(state)
     assert equal(outcome(other), outcome(policy))
     shaken(adapters, seed=8)
     assert same(state.tensors, kept)
+
+
+def test_the_statistics_that_adapters_learned_with_come_along() -> None:
+    policy, other = policy_of("one"), policy_of("one")
+    adapters, others = shaken(attached(policy)), attached(other)
+    policy.normaliser.update(observations(ONE, np.random.default_rng(0), 5))
+    assert not equal(outcome(other), outcome(policy))
+    others.load_adapter_state(adapters.adapter_state())
+    assert equal(outcome(other), outcome(policy))
 
 
 def test_loading_into_merged_adapters_merges_anew() -> None:
@@ -289,6 +311,41 @@ def test_loading_into_merged_adapters_merges_anew() -> None:
     others.merge()
     others.load_adapter_state(adapters.adapter_state())
     assert equal(outcome(other), outcome(policy))
+
+
+@every_policy
+def test_a_file_of_adapters_holds_all_of_them(name: str) -> None:
+    policy, other = policy_of(name), policy_of(name)
+    adapters, others = shaken(attached(policy)), attached(other, seed=7)
+    state = AdapterState.from_bytes(adapters.adapter_state().to_bytes())
+    assert (state.rank, state.alpha, state.base_digest) == (RANK, adapters.alpha, adapters.base_digest())
+    others.load_adapter_state(state)
+    assert equal(outcome(other), outcome(policy))
+
+
+def test_what_is_no_file_of_adapters_says_so() -> None:
+    state = attached(policy_of("one")).adapter_state()
+    data = state.to_bytes()
+    with pytest.raises(ContractError, match="no safetensors file"):
+        AdapterState.from_bytes(data[:-1])
+    with pytest.raises(ContractError, match="does not hold adapters"):
+        AdapterState.from_bytes(safetensors.torch.save(state.tensors))
+    with pytest.raises(ContractError, match="does not hold adapters"):
+        AdapterState.from_bytes(data.replace(b'"rank":"4"', b'"rank":"x"'))
+    with pytest.raises(ContractError, match="of format 'simic-adapters-9', known is 'simic-adapters-1'"):
+        AdapterState.from_bytes(data.replace(b"simic-adapters-1", b"simic-adapters-9"))
+
+
+def test_a_state_tells_its_base_and_what_it_comes_to() -> None:
+    policy = policy_of("one")
+    before = {key: tensor.clone() for key, tensor in policy.state_dict().items()}
+    assert not has_adapters(before)
+    assert same(base_weights(before), before)
+    adapters = shaken(attached(policy))
+    state = policy.state_dict()
+    assert has_adapters(state)
+    assert same(base_weights(state), before)
+    assert same(merged_weights(state, rank=RANK, alpha=adapters.alpha), adapters.merged_state_dict())
 
 
 def refused(adapters: Adapters, state: object, says: str) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from esper_simic.policies.adapter_state import AdapterState
 from supervisor.playback import wording
 from tests.supervisor.doors import Door, open_door
 from tests.supervisor.recorded_learner import OWNER, life, make_config, records, rewritten
@@ -266,6 +267,31 @@ def test_verify_compares_with_what_the_journal_saved(door: Door, run_dir: Path, 
     assert said.code == 1
     assert f"{names(run_dir)[0]} is BAD: " in said.out
     assert f"the journal saved {'0' * 64}" in said.out
+
+
+# Adapters alone
+
+
+def test_adapters_are_saved_alone_once_there_are_some(door: Door, run_dir: Path, tmp_path: Path) -> None:
+    file = tmp_path / "adapters.safetensors"
+    none = door("checkpoint", "adapters", str(run_dir), "--out", str(file))
+    assert none.code == 1
+    assert "it has no adapters" in none.err
+    adapted = tmp_path / "adapted"
+    with life(adapted, make_config("simic_trainer.lora_start_step=1", "simic_trainer.lora_rank=2")) as living:
+        living.learn([20, 20, 20, 20])
+        living.checkpoint()
+    done = door("checkpoint", "adapters", str(adapted), "--out", str(file))
+    assert done.code == 0, done.err
+    state = AdapterState.from_bytes(file.read_bytes())
+    assert done.out.startswith(f"{file}: adapters of {state.matrices} matrices, rank 2, alpha 32, of update ")
+    assert done.out.strip().endswith(f"trained on weights of digest {state.base_digest}")
+    again = door("checkpoint", "adapters", str(adapted), "--out", str(file))
+    assert again.code == 2
+    assert f"{file} is there already" in again.err
+    nowhere = door("checkpoint", "adapters", str(adapted), "--out", str(tmp_path / "no" / "file"))
+    assert nowhere.code == 1
+    assert f"cannot write {tmp_path / 'no' / 'file'}: No such file" in nowhere.err
 
 
 # Replay
