@@ -68,8 +68,9 @@ def step_of(
     return step
 
 
-def seconds(work: Callable[[], None]) -> float:
-    """How long one call takes."""
+def seconds(execution: Execution, work: Callable[[], None]) -> float:
+    """How long one call takes as `execution` has it; the process's modes are set before, outside of it."""
+    execution.apply()
     begin_s = time.perf_counter()
     work()
     return time.perf_counter() - begin_s
@@ -97,14 +98,14 @@ def main(arguments: list[str] | None = None) -> None:
     told: list[str] = []
     tensors = seen | {"starts": starts, "state": state, "actions": acted.contiguous()}
     steps = {name: step_of(way, policy, tensors, told.append) for name, way in compared.items()}
-    first_s = {name: seconds(step) for name, step in steps.items()}
-    for step in steps.values():
+    first_s = {name: seconds(compared[name], step) for name, step in steps.items()}
+    for name, step in steps.items():
         for _ in range(WARM_UP):
-            step()
+            seconds(compared[name], step)
     times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(options.rounds):
         for name, step in steps.items():
-            times[name].append(seconds(step))
+            times[name].append(seconds(compared[name], step))
     median_s = {name: statistics.median(taken) for name, taken in times.items()}
     base = next(iter(median_s))
     figures = {f"{name}_ms": round(1000 * taken, 3) for name, taken in median_s.items()}
