@@ -127,7 +127,7 @@ def update_figures(
         "ppo": ("simic_trainer.algorithm=PPO", "experience_buffer.replay_ratio=0"),
         "appo": ("simic_trainer.algorithm=APPO",),
         "iql": ("simic_trainer.algorithm=IQL",),
-        "bc": ("simic_trainer.algorithm=BC",),
+        "bc": ("simic_trainer.algorithm=BC", "environment.behaviour=heuristic"),
         "impala_lora": ("simic_trainer.lora_start_step=0",),
     }
     found = {

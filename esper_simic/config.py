@@ -15,6 +15,7 @@ from typing import Any, Final, get_args
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from esper_simic.actions import HEADS
 from esper_simic.config_behaviour import POLICY
 from esper_simic.config_curriculum import stage_environments, success_rule
 from esper_simic.config_environment import (
@@ -29,7 +30,7 @@ from esper_simic.config_environment import (
 from esper_simic.config_gym import BLUEPRINT_CHOICE, GROWING_HOST
 from esper_simic.config_rewards import RewardConfig
 from esper_simic.config_section import Section, did_you_mean
-from esper_simic.config_trainer import ON_POLICY, TrainerConfig
+from esper_simic.config_trainer import IMITATING, ON_POLICY, TrainerConfig
 from esper_simic.errors import ConfigError
 
 __all__ = [
@@ -184,6 +185,8 @@ class Config(Section):
             raise ValueError(
                 f"simic_trainer.controller {self.controller!r} does not act in {self.environment.id}; that is {own!r}"
             )
+        if self.environment.id == GROWING_HOST:  # of other worlds it is known once they are made
+            self.simic_trainer.check_heads(HEADS)
         self._network_can_read()
         self._successes_can_be()
         self._behaviour_can_be_learned_from()
@@ -253,6 +256,12 @@ class Config(Section):
             raise ValueError(
                 f"simic_trainer.algorithm {algorithm} learns from what its own policy just did, and "
                 f"environment.behaviour is {behaviour!r}; take BC or IQL, or IMPALA or APPO, which correct for it"
+            )
+        if behaviour == POLICY and algorithm in IMITATING:
+            raise ValueError(
+                f"simic_trainer.algorithm {algorithm} imitates who acts, and environment.behaviour is {behaviour!r}: "
+                f"it would imitate itself and learn nothing; take behaviour recorded with records, or a scripted "
+                f"policy: {', '.join(self.environment.scripts)}"
             )
         acting = {stage.behaviour for stage in self.stage_environments()} | {behaviour}
         if self.simic_trainer.follows_curriculum and acting != {POLICY}:

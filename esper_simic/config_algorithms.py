@@ -6,6 +6,7 @@ platform's.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Final
 
 from pydantic import Field, model_validator
@@ -25,7 +26,7 @@ ENTROPY_FLOORS: Final = {
     "alpha_speed": 0.10,
     "alpha_curve": 0.10,
 }
-"""Of the heads of growth control; other action spaces have none unless they are given some."""
+"""Of the heads of growth control (`actions.HEADS`); other action spaces have none unless they are given some."""
 
 ENTROPY_FLOOR_COEFFICIENTS: Final = {
     head: 0.3 if head in {"op", "blueprint", "tempo"} else 0.1 for head in ENTROPY_FLOORS
@@ -40,6 +41,10 @@ ENTROPY_MULTIPLIERS: Final = {
     "alpha_speed": 1.2,
     "alpha_curve": 1.2,
 }
+
+
+BY_HEAD: Final = ("entropy_floors", "entropy_floor_coefficients", "entropy_multipliers")
+"""Keys that have a number for each head."""
 
 
 class VtraceKeys(Section):
@@ -122,6 +127,26 @@ class PpoKeys(Section):
                 f"entropy_floors names {', '.join(missing)}, entropy_floor_coefficients does not; give a coefficient"
             )
         return self
+
+    def check_heads(self, heads: Sequence[str]) -> None:
+        """Refuse numbers of heads that a world lacks; defaults, which are growth control's, are let pass as a whole.
+
+        Args:
+            heads: Of the world's actions.
+
+        Raises:
+            ValueError: Naming the key, the heads that are none, and those there are.
+        """
+        for key in BY_HEAD:
+            numbers: dict[str, float] = getattr(self, key)
+            if numbers == type(self).model_fields[key].default:
+                continue
+            unknown = [head for head in numbers if head not in heads]
+            if unknown:
+                raise ValueError(
+                    f"simic_trainer.{key} names {', '.join(unknown)}, and this world's heads are {', '.join(heads)}; "
+                    f"name these alone, or leave the key out"
+                )
 
 
 class IqlKeys(Section):

@@ -19,7 +19,12 @@ class RateKeys(Section):
     value_lr: float | None = Field(
         None, ge=1e-6, le=1e-2, description="Step size of the value head; unset means learning_rate."
     )
-    min_lr: float = Field(1e-6, gt=0, le=1e-2, description="No schedule goes below this learning rate.")
+    min_lr: float = Field(
+        1e-6,
+        gt=0,
+        le=1e-2,
+        description="No schedule goes below this learning rate; at most the rates that are configured.",
+    )
     warmup_epochs: int = Field(
         10, ge=0, description="Updates over which learning rates rise linearly to their base value."
     )
@@ -44,6 +49,20 @@ class RateKeys(Section):
             raise ValueError(
                 f"lr_horizon_updates {self.lr_horizon_updates} must exceed warmup_epochs {self.warmup_epochs}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _least_rate_is_least(self) -> RateKeys:
+        rates = {
+            "learning_rate" if self.policy_lr is None else "policy_lr": self.effective_policy_lr,
+            "learning_rate" if self.value_lr is None else "value_lr": self.effective_value_lr,
+        }
+        for key, rate in rates.items():
+            if self.min_lr > rate:
+                raise ValueError(
+                    f"min_lr {self.min_lr:g} is above {key} {rate:g}, which would be raised to it; lower min_lr, or "
+                    f"raise {key}"
+                )
         return self
 
     @property

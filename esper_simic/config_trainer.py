@@ -27,6 +27,9 @@ Algorithm = Literal["IMPALA", "PPO", "APPO", "IQL", "BC"]
 ON_POLICY: Final[frozenset[Algorithm]] = frozenset({"PPO"})
 """Algorithms that take experience as if the present policy had made it: they learn from it once and never again."""
 
+IMITATING: Final[frozenset[Algorithm]] = frozenset({"BC"})
+"""Algorithms that make the policy do as was done: they learn nothing from what it does itself."""
+
 
 class TrainerConfig(
     RateKeys,
@@ -45,8 +48,8 @@ class TrainerConfig(
     algorithm: Algorithm = Field(
         "IMPALA",
         description="IMPALA: V-trace, off-policy, with replay. PPO: clipped surrogate with GAE, on-policy. APPO: "
-        "clipped surrogate with V-trace. IQL: implicit Q-learning, for recorded experience. BC: imitation of recorded "
-        "decisions.",
+        "clipped surrogate with V-trace. IQL: implicit Q-learning, for recorded experience. BC: imitation of whoever "
+        "acts, who must be another than the policy (environment.behaviour).",
     )
     controller: ControllerName = Field(
         "auto",

@@ -163,9 +163,7 @@ def run(
     if resume is not None:
         others = {"--preset": preset, "--config": file, "--run-dir": run_dir}
         unwanted = [name for name, value in others.items() if value is not None]
-        if unwanted or restart_behavior != "resume":
-            named = ", ".join([*unwanted, *(["--restart-behavior"] if restart_behavior != "resume" else [])])
-            fail(f"--resume RUN goes on with that run under its own configuration: leave out {named}", USAGE)
+        _refuse_beside_resume(unwanted + (["--restart-behavior"] if restart_behavior != "resume" else []))
         directory = resume
         begun_with, config = _own_configuration(resume, given)
     else:
@@ -173,15 +171,7 @@ def run(
         config = config_file.load(begun_with, file, given)
         directory = run_dir or RUNS / f"{begun_with}-{time.strftime('%Y%m%d-%H%M%S')}"
         _make_way(directory, restart_behavior)
-    facts = RunFacts(
-        preset=begun_with,
-        config_text=to_yaml(config),
-        evaluation_policies=_evaluated(config) if evaluation else (),
-        fingerprint={"python": platform.python_version(), "platform": sys.platform},
-        versions={name: metadata.version(name) for name in VERSIONED},
-        is_extended=any(assignment.partition("=")[0].strip() in TRAINING_LIMITS for assignment in given),
-        trains_on=train_on,
-    )
+    facts = _facts(begun_with, config, given, evaluation=evaluation, trains_on=train_on)
     console = view.SteadyConsole()
     display = _Display(console, directory, config.supervisor)
     try:
@@ -196,6 +186,25 @@ def run(
     wanted_h = config.simic_trainer.convergence_time_hours
     view.report(console, directory, outcome, again, view.convergence(display.metrics, wanted_h))
     raise typer.Exit(outcome.exit_code)
+
+
+def _refuse_beside_resume(unwanted: list[str]) -> None:
+    if unwanted:
+        named = ", ".join(unwanted)
+        fail(f"--resume RUN goes on with that run under its own configuration: leave out {named}", USAGE)
+
+
+def _facts(preset: str, config: Config, given: list[str], *, evaluation: bool, trains_on: bool) -> RunFacts:
+    """What is written down before anything happens; `given` are the assignments of the command line."""
+    return RunFacts(
+        preset=preset,
+        config_text=to_yaml(config),
+        evaluation_policies=_evaluated(config) if evaluation else (),
+        fingerprint={"python": platform.python_version(), "platform": sys.platform},
+        versions={name: metadata.version(name) for name in VERSIONED},
+        is_extended=any(assignment.partition("=")[0].strip() in TRAINING_LIMITS for assignment in given),
+        trains_on=trains_on,
+    )
 
 
 def _again(preset: str, seed: int, file: Path | None, given: list[str]) -> str:

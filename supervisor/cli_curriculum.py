@@ -74,11 +74,8 @@ def curriculum(
         asked = CoordinationMode.INDEPENDENT if release else CoordinationMode.STRATEGY_DRIVEN
         present = _present(directory)
         # Whoever asks again by an id may have got there by the first time, and shall hear its answer.
-        if advance and request_id is None and present + 1 >= len(stages):
-            fail(
-                f"refused: stage {stages[present].name!r} is the last one, there is none to go on to", FAILED
-            )
-        about = stages[min(present + advance, len(stages) - 1)]
+        is_first = request_id is None
+        about = _next(stages, present, is_first=is_first) if advance else stages[present]
     else:
         asked = CoordinationMode(mode)
         # An unknown one is the learner's to refuse: it knows what it follows.
@@ -141,6 +138,13 @@ def _stages(directory: Path) -> tuple[CurriculumStage, ...]:
         fail(str(error), UNKNOWN)
     text = "" if started is None else started.config_text
     return parse(text).simic_trainer.curriculum_stages
+
+
+def _next(stages: tuple[CurriculumStage, ...], present: int, *, is_first: bool) -> CurriculumStage:
+    """The stage after the present one; the last one itself where this is not the request's first time."""
+    if is_first and present + 1 >= len(stages):
+        fail(f"refused: stage {stages[present].name!r} is the last one, there is none to go on to", FAILED)
+    return stages[min(present + 1, len(stages) - 1)]
 
 
 def _present(directory: Path) -> int:

@@ -13,11 +13,14 @@ from esper_simic.errors import ConfigError, ContractError, UnavailableError
 from supervisor.events import CheckpointReported, Outcome, PolicyEvaluated, from_journal
 from supervisor.journal import JournalDamage, read
 from supervisor.journal.format import SegmentCursor, segment_paths
-from supervisor.state import RunState, apply
+from supervisor.state import Phase, RunState, apply
 
 
 class RunOutcome(msgspec.Struct, frozen=True, kw_only=True):
-    """How a run ended, and what it has to show."""
+    """How a run ended, and what it has to show.
+
+    `needs_order`: it goes on only where an operator orders it (`run --resume RUN --train-on`).
+    """
 
     run_id: str
     exit_code: int
@@ -25,6 +28,7 @@ class RunOutcome(msgspec.Struct, frozen=True, kw_only=True):
     reason: str
     evaluations: dict[str, PolicyEvaluated]
     checkpoint: CheckpointReported | None
+    needs_order: bool = False
 
 
 def fold_journal(run_dir: Path) -> RunState:
@@ -86,4 +90,15 @@ def outcome_of(state: RunState) -> RunOutcome:
         reason=state.finished.reason,
         evaluations=state.evaluations,
         checkpoint=state.checkpoint,
+        needs_order=needs_order(state),
     )
+
+
+def needs_order(state: RunState) -> bool:
+    """Whether going on with a run would lead nowhere unless an operator orders its training to go on.
+
+    That is so of a training that halted itself, and of a finished run whose training met its timeout: one that was not
+    measured to its end goes on with that.
+    """
+    ended = state.training_ended.reason if state.training_ended is not None else None
+    return ended == "halted" or (ended == "training_timeout" and state.phase is Phase.FINISHED)

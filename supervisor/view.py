@@ -380,10 +380,11 @@ def report(console: Console, directory: Path, outcome: RunOutcome, again: str, c
             "another --run-dir"
         )
     place = shlex.quote(str(directory))
-    goes_on = [] if outcome.outcome == "finished" else [f"  simic-supervisor run --resume {place}"]
+    order = " --train-on" if outcome.needs_order else ""
+    goes_on = outcome.outcome != "finished" or outcome.needs_order
     lines += [
         "next:",
-        *goes_on,
+        *([f"  simic-supervisor run --resume {place}{order}"] if goes_on else []),
         f"  simic-supervisor report {place}",
         f"  simic-supervisor status {place}",
         f"  simic-supervisor log verify {place} --owner learner-0",

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from esper_simic import config as configuration
+from esper_simic.actions import HEADS
 from esper_simic.config import Config, fresh_per_batch, parse, to_yaml
 from esper_simic.errors import ConfigError
 
@@ -106,6 +107,31 @@ def test_appo_is_not_left_without_its_advantages() -> None:
     assert not parse("simic_trainer: {vtrace_enabled: false}").simic_trainer.vtrace_enabled
 
 
+COEFFICIENT = "simic_trainer.entropy_floor_coefficients={leap: 0.5}"
+
+
+@pytest.mark.parametrize(
+    ("key", "given"),
+    [
+        ("entropy_floors", ["simic_trainer.entropy_floors={leap: 0.5}", COEFFICIENT]),
+        ("entropy_floor_coefficients", ["simic_trainer.entropy_floors={}", COEFFICIENT]),
+        ("entropy_multipliers", ["simic_trainer.entropy_multipliers={op: 2, leap: 0.5}"]),
+    ],
+)
+def test_a_head_that_growing_hosts_lack_is_refused_with_those_they_have(key: str, given: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse("", assignments=given)
+    assert f"simic_trainer.{key} names leap" in str(caught.value)
+    assert f"this world's heads are {', '.join(HEADS)};" in str(caught.value)
+    elsewhere = parse("", assignments=[*given, "environment.id=CartPole-v1"])
+    assert elsewhere.simic_trainer, "whose heads are not known before it is made"
+
+
+def test_numbers_of_some_heads_may_be_given_and_none_at_all() -> None:
+    trainer = parse("simic_trainer: {entropy_floors: {op: 0.5}, entropy_multipliers: {}}").simic_trainer
+    assert (trainer.entropy_floors, trainer.entropy_multipliers) == ({"op": 0.5}, {})
+
+
 @pytest.mark.parametrize("preset", sorted(PRESETS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_presets_are_valid_and_survive_a_round_trip(preset: Path) -> None:
     config = parse(preset.read_text())
@@ -136,6 +162,7 @@ def test_shipped_presets_are_valid_and_survive_a_round_trip(preset: Path) -> Non
         ("environment.slots=[]", "environment.slots", "at least one slot"),
         ("environment.slots=[r0c0, r0c0]", "environment.slots", "each once"),
         ("environment.max_epochs=8", "environment", "no seed can finish"),
+        ("simic_trainer.min_lr=1e-3", "simic_trainer", "min_lr 0.001 is above learning_rate 0.0003"),
         ("environment.host_lr=.nan", "environment.host_lr", "finite number"),
         ("simic_trainer.entropy_coefficient_final=0.5", "simic_trainer", "must not exceed"),
         ("experience_buffer.capacity=16", "", "cannot hold one batch"),

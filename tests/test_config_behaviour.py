@@ -72,6 +72,15 @@ def test_records_and_their_behaviour_need_each_other() -> None:
     )
 
 
+def test_imitation_has_somebody_else_to_imitate() -> None:
+    for world in (*((GYM,),), ()):
+        words = refusal("simic_trainer.algorithm=BC", *world)
+        assert "BC imitates who acts, and environment.behaviour is 'policy'" in words
+        assert "take behaviour recorded with records" in words
+        assert words.endswith("random" if world else "never-grow")
+    assert obeyed("simic_trainer.algorithm=IQL"), "which finds the best of what was done, also by itself"
+
+
 @pytest.mark.parametrize("algorithm", ["IMPALA", "APPO", "IQL", "BC"])
 @pytest.mark.parametrize(
     "behaviour", [RECORDED, ("environment.behaviour=random",)], ids=["recorded", "script"]

@@ -262,3 +262,25 @@ def test_a_cosine_needs_a_horizon_behind_the_warm_up() -> None:
         RateKeys(lr_schedule="cosine", lr_horizon_updates=10)
     assert RateKeys(lr_schedule="cosine", lr_horizon_updates=11).effective_horizon_updates == 11
     assert RateKeys(lr_horizon_updates=11).effective_horizon_updates is None
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"min_lr": 4e-4}, "learning_rate 0.0003"),
+        ({"min_lr": 2e-4, "policy_lr": 1e-4}, "policy_lr 0.0001"),
+        ({"min_lr": 2e-4, "value_lr": 1e-4}, "value_lr 0.0001"),
+        ({"min_lr": 4e-4, "policy_lr": 1e-3}, "learning_rate 0.0003"),
+    ],
+)
+def test_no_rate_is_silently_raised_to_the_least_one(given: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        RateKeys(**given)
+    words = str(caught.value)
+    assert f"min_lr {given['min_lr']:g} is above {named}" in words
+    assert f"lower min_lr, or raise {named.split(maxsplit=1)[0]}" in words
+
+
+def test_a_rate_may_be_the_least_one_and_one_that_nobody_has_may_be_any() -> None:
+    assert RateKeys(min_lr=3e-4).min_lr == 3e-4
+    assert RateKeys(min_lr=4e-4, policy_lr=1e-3, value_lr=4e-4).learning_rate == 3e-4

@@ -55,6 +55,7 @@ WIDE = (
 )
 """A batch that can be halved; half of the replayed ones of a large share are fresh ones whose turn is to come."""
 
+IMITATION = ("simic_trainer.algorithm=BC", "environment.behaviour=heuristic")
 ON_POLICY = ("simic_trainer.algorithm=PPO", "experience_buffer.replay_ratio=0")
 MINIBATCHES = ("simic_trainer.ppo_minibatches=2", "simic_trainer.ppo_target_kl=null")
 
@@ -473,7 +474,7 @@ TROUBLES = [
     Trouble(
         "BC",
         NOT_FINITE,
-        "simic_trainer.algorithm=BC",
+        *IMITATION,
         made=True,
     ),
     Trouble("IQL", NOT_FINITE, "simic_trainer.algorithm=IQL", made=True),
@@ -543,6 +544,8 @@ def test_a_state_in_trouble_survives_its_bytes(algorithm: str) -> None:
     settings = [*WIDE, *EPOCHS, f"simic_trainer.algorithm={algorithm}"]
     if algorithm == "PPO":
         settings += ["experience_buffer.replay_ratio=0", "supervisor.unrolls_in_flight=4"]
+    if algorithm == "BC":
+        settings += IMITATION
     script = Script(*settings, unrolls=12)
     script.shown(value_loss=2.0)
     script.shown(value_loss=3.0)

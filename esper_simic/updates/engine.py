@@ -17,17 +17,18 @@ from torch import Tensor, nn
 from esper_simic import seeding
 from esper_simic.algorithms.ewc import Consolidation, choose_parameters, consolidate, estimate_fisher
 from esper_simic.config import TrainerConfig
-from esper_simic.errors import ContractError
+from esper_simic.errors import ConfigError, ContractError
 from esper_simic.events import AdaptersBegun
 from esper_simic.execution import CPU, Execution
 from esper_simic.learning_rates import GroupConfig, LRPolicy
 from esper_simic.loss_scale import LossScale
 from esper_simic.policies.adapter_state import AdapterState
 from esper_simic.policies.build import build_policy
+from esper_simic.policies.gaussian import HEAD
 from esper_simic.policies.lora import Adapters, attach, has_adapters
 from esper_simic.rate_facts import RateChanged, Tampered
 from esper_simic.safety_step import StepMode
-from esper_simic.specs import ExperienceSpec
+from esper_simic.specs import Choices, ExperienceSpec
 from esper_simic.telemetry import StepObserver
 from esper_simic.updates.batch import Batch
 from esper_simic.updates.computation import Computation
@@ -56,9 +57,13 @@ class Engine:
         spec: Shapes of observations and actions.
         execution: How updates are carried out. Weights, optimisers and batches are on its device; what is given away
             (`tensors`, `acting_weights`) is not.
+
+    Raises:
+        ConfigError: The configuration does not suit these shapes.
     """
 
     def __init__(self, trainer: TrainerConfig, spec: ExperienceSpec, execution: Execution = CPU) -> None:
+        _check_heads(trainer, spec)
         self._trainer, self._execution = trainer, execution
         self.computation = Computation(execution, trainer.gradient_accumulation)
         self.policy = build_policy(spec, trainer, seeding.generator(trainer.seed, "policy")).to(
@@ -339,6 +344,13 @@ class Engine:
         if self._iql is not None:
             self._iql.critics.load_state_dict(_under(CRITICS, named))
             self._iql.slow.load_state_dict(_under(SLOW_CRITICS, named))
+
+
+def _check_heads(trainer: TrainerConfig, spec: ExperienceSpec) -> None:
+    try:
+        trainer.check_heads(spec.action.heads if isinstance(spec.action, Choices) else (HEAD,))
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _on_cpu(named: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from importlib import resources
 from typing import Final
 
+from supervisor.outcome import needs_order
 from supervisor.report.choice import SeenEpisode
 from supervisor.report.gather import Gathered
 from supervisor.report.growth import growth
@@ -125,8 +126,10 @@ def _warnings(gathered: Gathered) -> list[Markup]:
     if unread:
         found.append(f"{unread:,} records are of another version and were passed over.")
     if gathered.state == "died":
+        order = " --train-on" if needs_order(gathered.supervisor.state) else ""
         found.append(
-            "The run's supervisor died before the run came to its end: simic-supervisor run --resume goes on."
+            "The run's supervisor died before the run came to its end: "
+            f"simic-supervisor run --resume RUN{order} goes on."
         )
     if gathered.supervisor.state.started is None:
         found.append("The supervisor's journal holds no record: nobody wrote down how the run was begun.")

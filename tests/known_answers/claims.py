@@ -29,8 +29,13 @@ COMMON: Mapping[str, Any] = {
     "environment.environments_per_actor": 32,
 }
 
-OFFLINE: Mapping[str, Any] = {"experience_buffer.replay_ratio": 0.9375, "experience_buffer.capacity": 8_000}
-"""Of what is recorded each transition is learned from sixteen times."""
+OFFLINE: Mapping[str, Any] = {
+    "environment.behaviour": "random",
+    "experience_buffer.replay_ratio": 0.9375,
+    "experience_buffer.capacity": 8_000,
+}
+"""Another acts than the policy (here it is the harness's); of what is recorded each transition is learned from sixteen
+times."""
 
 IQL: Mapping[str, Any] = {**OFFLINE, "iql_target_rate": 0.05, "iql_expectile": 0.9, "iql_beta": 10.0}
 """Small problems whose dynamics know no chance: values may follow fast, and the best of what was done is the best."""

@@ -95,7 +95,7 @@ gymnasium.register(
 )
 
 
-def configured(seed: int = 0, **settings: Any) -> Config:
+def configured(seed: int = 0, *, behaviour: str = "policy", **settings: Any) -> Config:
     """The first half until nine of ten choices are right, then the second; settings are those of `simic_trainer`."""
     stage = {"min_success_rate": 0.9, "min_episodes": 300, "max_episodes": 100_000, "success": "return >= 1"}
     trainer = {
@@ -117,7 +117,12 @@ def configured(seed: int = 0, **settings: Any) -> Config:
         base={
             "simic_trainer": trainer | settings,
             "experience_buffer": {"capacity": 256, "min_experiences": 16, "replay_ratio": 0.0},
-            "environment": {"id": SIGNS_ID, "environments_per_actor": 16, "stagger": False},
+            "environment": {
+                "id": SIGNS_ID,
+                "environments_per_actor": 16,
+                "stagger": False,
+                "behaviour": behaviour,
+            },
             "supervisor": {"num_actors": 1},
         },
     )

@@ -48,6 +48,7 @@ class Case(NamedTuple):
     trainer: dict[str, Any]
     replay_ratio: float
     dies_at: str
+    behaviour: str = "policy"
 
 
 CASES = {
@@ -63,7 +64,7 @@ CASES = {
         "esper_simic/Catch-v0", {"network": "lstm", "ppo_epochs": 2}, 0.25, "learner.announce.before:17"
     ),
     "IQL": Case("esper_simic/Chain-v0", {"iql_cql_alpha": 0.5}, 0.5, "checkpoint.rename.before:1"),
-    "BC": Case("esper_simic/Target-v0", {}, 0.25, "journal.write.half:40"),
+    "BC": Case("esper_simic/Target-v0", {}, 0.25, "journal.write.half:40", behaviour="random"),
 }
 
 
@@ -71,6 +72,7 @@ def settings(name: str) -> dict[str, Any]:
     case = CASES[name]
     return {
         "environment__id": case.world,
+        "environment__behaviour": case.behaviour,
         "experience_buffer__replay_ratio": case.replay_ratio,
         "supervisor__max_updates": UPDATES,
         **settings_of({"simic_trainer": {"algorithm": name, **case.trainer}}),

@@ -255,6 +255,7 @@ def test_a_halt_keeps_the_last_good_policy(tmp_path: Path, record_proof: Proof) 
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     said = whole(straight, code=1, **HALTS)
     assert "the training halted itself" in said
+    assert f"next:\n  simic-supervisor run --resume {straight} --train-on\n" in said
     [(halted, fact)] = told(straight, TrainingHalted)
     assert fact.reason == "training_breaker_opened"
     assert [one.step for one in failures(straight)] == [halted - 1, halted]
@@ -300,7 +301,8 @@ def test_the_time_of_a_training_ends_with_a_checkpoint(tmp_path: Path, record_pr
     with dying(run_dir, [], **timed) as run:
         reach(run, run_dir, 20)
         kill_all(run)
-    whole(run_dir, **timed)
+    said = whole(run_dir, **timed)
+    assert f"next:\n  simic-supervisor run --resume {run_dir} --train-on\n" in said
     ended = [
         one.header for one in read(run_dir / "journal" / "supervisor") if one.kind == TrainingEnded.__name__
     ]

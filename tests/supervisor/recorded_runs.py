@@ -172,3 +172,10 @@ def supervised(run_dir: Path, answer: Callable[[Message], Message | None]) -> It
             finally:
                 is_over.set()
                 thread.join()
+
+
+def spoil(run_dir: Path) -> None:
+    segment = next((run_dir / "journal" / "supervisor").glob("*.log"))
+    data = bytearray(segment.read_bytes())
+    data[len(data) // 2] ^= 1
+    segment.write_bytes(data)

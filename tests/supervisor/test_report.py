@@ -17,14 +17,14 @@ import msgspec
 import pytest
 
 from esper_simic.events import LearnerStepped, RunStarted
-from supervisor.events import FIXED, PolicyEvaluated, RunFinished
+from supervisor.events import FIXED, PolicyEvaluated, ProgressHeard, RunFinished
 from supervisor.files import exclusive_lock
 from supervisor.journal import Journal, read
 from supervisor.report import gather, page
 from tests.supervisor.doors import Door, open_door
 from tests.supervisor.recorded_runs import failed, stopped, training
 from tests.supervisor.report_runs import write_learner, write_supervisor
-from tests.supervisor.worlds import World, begun
+from tests.supervisor.worlds import LEARNER, World, begun
 
 KEPT = Path(__file__).parents[1] / "replay" / "run"
 VOID = {"meta", "br", "hr", "rect", "line", "path", "circle"}
@@ -166,10 +166,18 @@ def test_a_place_that_cannot_be_written_is_one_line_and_status_1(door: Door, kep
 # Other ends, and none
 
 
+def halting() -> World:
+    """Its training has halted itself; the supervisor died with it."""
+    world = training()
+    world.tell(ProgressHeard(child=LEARNER, learner_step=9, environment_steps=90, is_halted=True))
+    return world
+
+
 @pytest.mark.parametrize(
     ("world", "state", "words"),
     [
-        (training, "died", "died before the run came to its end"),
+        (training, "died", "died before the run came to its end: simic-supervisor run --resume RUN goes on"),
+        (halting, "died", "simic-supervisor run --resume RUN --train-on goes on"),
         (stopped, "stopped", "stopped by SIGTERM"),
         (failed, "failed", "every learner was given up"),
     ],

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from supervisor.events import ProgressHeard, RunResumed
+from supervisor.events import ProgressHeard, RunResumed, SignalReceived
+from supervisor.outcome import outcome_of
 from supervisor.state import Phase
 from tests.supervisor.worlds import LEARNER, World, actor, learner
 
@@ -21,12 +22,19 @@ def halted() -> World:
     return world
 
 
-def timed_out() -> World:
-    """Trained for the configured 24 hours, then measured to the end."""
+def timed_out_before_it_was_measured() -> World:
+    """Trained for the configured 24 hours."""
     world = World()
     world.train()
     world.wait_for(dict.fromkeys(world.state.live, 1e9), 24 * 3600)
     world.end_training()
+    assert world.state.phase is Phase.EVALUATING
+    return world
+
+
+def timed_out() -> World:
+    """Trained for the configured 24 hours, then measured to the end."""
+    world = timed_out_before_it_was_measured()
     world.evaluate()
     assert world.state.training_ended is not None
     assert world.state.training_ended.reason == "training_timeout"
@@ -100,3 +108,35 @@ def test_an_order_lifts_what_had_halted_when_it_was_given_and_nothing_that_halts
     assert world.state.lift == 0, "a life that makes the checkpoint of a halted training lifts nothing"
     world.resume()
     assert world.state.lift == 0, "nor does one that nobody asked to"
+
+
+@pytest.mark.parametrize("ended", [halted, timed_out])
+def test_its_outcome_tells_that_it_goes_on_by_an_order_alone(ended) -> None:
+    assert outcome_of(ended().state).needs_order
+
+
+def test_what_is_left_of_a_training_that_halted_needs_the_order_whatever_ended_the_run() -> None:
+    world = halted()
+    world.resume()
+    world.tell(SignalReceived(name="SIGTERM"))
+    assert world.state.finished is not None
+    assert world.state.finished.outcome == "stopped"
+    assert outcome_of(world.state).needs_order
+
+
+def test_a_run_that_can_go_on_as_it_was_needs_none() -> None:
+    world = World()
+    world.train()
+    world.tell(SignalReceived(name="SIGTERM"))
+    world.gone(actor(0))
+    world.gone(actor(1))
+    world.report_checkpoint(LEARNER)
+    world.gone(LEARNER)
+    assert world.state.phase is Phase.STOPPED
+    assert not outcome_of(world.state).needs_order
+    measuring = timed_out_before_it_was_measured()
+    measuring.tell(SignalReceived(name="SIGTERM"))
+    for who in list(measuring.state.of_role("evaluate")):
+        measuring.gone(who)
+    assert measuring.state.phase is Phase.STOPPED
+    assert not outcome_of(measuring.state).needs_order, "it is to be measured first"

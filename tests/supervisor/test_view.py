@@ -448,6 +448,16 @@ def test_the_report_of_a_run_that_can_go_on_says_how_first(outcome: Any) -> None
     assert lines[lines.index("next:") + 1] == "  simic-supervisor run --resume '/runs/a b'"
 
 
+@pytest.mark.parametrize("outcome", ["finished", "stopped", "failed"])
+def test_the_report_of_a_run_that_goes_on_by_an_order_alone_gives_that_order(outcome: Any) -> None:
+    console, out = pipe()
+    over = msgspec.structs.replace(OUTCOME, outcome=outcome, needs_order=True)
+    report(console, Path("/runs/a b"), over, "run")
+    lines = out.getvalue().splitlines()
+    assert lines[lines.index("next:") + 1] == "  simic-supervisor run --resume '/runs/a b' --train-on"
+    assert out.getvalue().count("--resume") == 1
+
+
 # The status page
 
 

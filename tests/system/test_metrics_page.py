@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from esper_simic.config import parse
+from esper_simic.config import Config, parse
 from esper_simic.telemetry import unknown
 from supervisor import view
 from supervisor.cli import _Display
 from tests.known_answers.two_tasks import Staged, configured
 from tests.supervisor.recorded_runs import training
-from tests.supervisor.test_cli import picture
+from tests.supervisor.shown_runs import picture
 from tests.system.driver import running, until
 
 URL = re.compile(r"metrics are served on (http://127\.0\.0\.1:\d+/metrics)")
@@ -81,14 +81,21 @@ def test_without_a_port_nothing_is_served(tmp_path: Path) -> None:
     display.close()
 
 
+def imitating(**settings: Any) -> Config:
+    return configured(curriculum_enabled=False, behaviour="random", **settings)
+
+
 @pytest.mark.parametrize("algorithm", ["IMPALA", "PPO", "APPO", "BC", "IQL"])
 @pytest.mark.parametrize("lora", [None, 2])
 def test_every_figure_of_a_learner_has_a_row_in_the_catalogue(algorithm: str, lora: int | None) -> None:
     settings: dict[str, Any] = {"algorithm": algorithm, "lora_start_step": lora, "ewc_lambda": 0.5}
-    loop = Staged(configured(**settings))
+    loop = Staged(configured(**settings) if algorithm != "BC" else imitating(**settings))
     loop.turns(5)
     loop.learner.engine.consolidate(loop.learner._few_at_a_time(loop.newest(4)), loop.chance)
     loop.turns(2)
     assert loop.learner.steps_done > 3
-    assert {"ewc_penalty", "curriculum_stage", "grad_norm"} <= loop.metrics.keys()
+    assert {"ewc_penalty", "grad_norm"} <= loop.metrics.keys()
+    assert ("curriculum_stage" in loop.metrics) == (algorithm != "BC"), (
+        "which has somebody else act in one stage"
+    )
     assert unknown(loop.metrics | loop.learner.safety_figures()) == frozenset()

@@ -245,7 +245,7 @@ def test_options_are_the_configurations(spy: Spy) -> None:
         value_coefficient=0.9,
         entropy_multipliers={"a": 2.0},
         entropy_floors={"a": 0.5, "c": 0.25},
-        entropy_floor_coefficients={"a": 0.1, "c": 0.2, "z": 9.0},
+        entropy_floor_coefficients={"a": 0.1, "b": 9.0, "c": 0.2},
     ).update(progress=0.7)
     options = spy.losses[0]["options"]
     assert (options.clip, options.per_head, options.value_clip, options.value_coefficient) == (
