@@ -306,7 +306,7 @@ class Learner:
                 conservative_mode=mode.is_conservative,
             )
         else:
-            observer.failed(tried.failure)
+            observer.failed(tried.failure, tried.error)
         if inputs is None and tried.failure:
             raise InvariantViolation(f"step {self.steps_done + 1}: {tried.failure}")
         if tried.failure:

@@ -12,6 +12,7 @@ from esper_simic.breaker import VtraceVerdict, judge_vtrace
 from esper_simic.config_safety import BreakerKeys
 from esper_simic.events import StepFact
 from esper_simic.safety_step import StepOutcome
+from esper_simic.telemetry import ErrorText
 from esper_simic.updates.update import Updated
 
 ALLOCATION_FAILED: Final = (
@@ -26,12 +27,17 @@ error of its own, but where a library of the driver's ran short."""
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """What came of an update: `updated`, or why there is none; and whether weights or optimisers had moved by then."""
+    """What came of an update: `updated`, or why there is none; and whether weights or optimisers had moved by then.
+
+    `error` is for whoever watches and goes into no record: where a failure happened in the code is no function of the
+    state. An attempt that is read from its record has none.
+    """
 
     updated: Updated | None
     failure: str = ""
     out_of_memory: bool = False
     moved: bool = True
+    error: ErrorText | None = None
 
 
 def attempt(update: Callable[[], Updated], moves: Callable[[], int]) -> Attempt:
@@ -45,14 +51,15 @@ def attempt(update: Callable[[], Updated], moves: Callable[[], int]) -> Attempt:
     try:
         return Attempt(update())
     except FloatingPointError as error:
-        return Attempt(None, f"not finite: {error}", moved=moves() > before)
+        return Attempt(None, f"not finite: {error}", moved=moves() > before, error=ErrorText.of(error))
     except torch.OutOfMemoryError as error:
-        failure = str(error)
+        told = ErrorText.of(error)
     except RuntimeError as error:
-        failure = str(error)
-        if not any(words in failure for words in ALLOCATION_FAILED):
+        if not any(words in str(error) for words in ALLOCATION_FAILED):
             raise
-    return Attempt(None, f"out of memory: {failure}", out_of_memory=True, moved=moves() > before)
+        told = ErrorText.of(error)
+    reason = f"out of memory: {told.message}"
+    return Attempt(None, reason, out_of_memory=True, moved=moves() > before, error=told)
 
 
 def outcome_of(tried: Attempt, returns: tuple[float, ...], keys: BreakerKeys) -> StepOutcome:

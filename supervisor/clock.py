@@ -5,6 +5,7 @@ Deciding code takes seconds as arguments; only shells hold a `Clock`, and tests 
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Protocol
 
@@ -31,6 +32,35 @@ class SystemClock:
     def monotonic_s(self) -> float:
         """Seconds on the machine's monotonic clock."""
         return time.monotonic()
+
+
+class SteadyTime:
+    """Instants of a wall clock that may be set back, as a time that never falls.
+
+    A step back counts as no time: it stands still for an instant and goes on from there, as fast as the clock does. It
+    is the clock's own reading as long as that is never set back.
+
+    Args:
+        clock: The clock.
+    """
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._newest_s, self._ahead_s = -math.inf, 0.0
+
+    def go_on_from(self, instant_s: float) -> None:
+        """Give no instant before this one; time goes on from now."""
+        self._newest_s = max(self._newest_s, instant_s)
+        self.now_s()
+
+    def now_s(self) -> float:
+        """Seconds, never fewer than before; those since 1970-01-01 00:00 UTC where the clock was never set back."""
+        now_s = self._clock.now_s() + self._ahead_s
+        if now_s < self._newest_s:
+            self._ahead_s += self._newest_s - now_s
+        # The newest one itself, not a sum that rounding may have put below it.
+        self._newest_s = max(self._newest_s, now_s)
+        return self._newest_s
 
 
 class ManualClock:

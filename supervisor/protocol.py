@@ -88,6 +88,10 @@ COMPILING: Final = "compiling"
 """Phase of a learner that may be silent for minutes from now on: a compiler tells nobody how far it is."""
 
 
+CONSOLIDATING: Final = "consolidating"
+"""Phase of a learner that estimates what a stage that was passed needs, batch by batch: each of them is work."""
+
+
 class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
     """A checkpoint that was written, synced and verified."""
 

@@ -22,9 +22,12 @@ from types import TracebackType
 from typing import Any, Final, Protocol, Self
 
 from esper_simic.errors import UnavailableError
-from esper_simic.telemetry import NullObserver, Phase, StepObserver
+from esper_simic.telemetry import ErrorText, NullObserver, Phase, StepObserver
 
 SPAN: Final = "simic.trainer.train_step"
+EXCEPTION: Final = "exception"
+"""Name of the event that OpenTelemetry's conventions have for an error, with attributes `exception.…`."""
+
 INSTALL: Final = "pip install 'simic[otel]'"
 
 
@@ -35,7 +38,7 @@ class Span(Protocol):
         """Attach a value."""
         ...
 
-    def add_event(self, name: str) -> None:
+    def add_event(self, name: str, attributes: Any = None) -> None:
         """Note that something happened now."""
         ...
 
@@ -59,7 +62,8 @@ class Tracer(Protocol):
 class SpanObserver:
     """Tells a tracer of each training step. A `StepObserver`.
 
-    Attributes of the span: `step`, `batch_size`, `loss`, `grad_norm`, `conservative_mode`; an event for each phase.
+    Attributes of the span: `step`, `batch_size`, `loss`, `grad_norm`, `conservative_mode`; an event for each phase, and
+    `exception` with type, message and stack trace where it was given up for an error.
 
     Args:
         tracer: Where spans begin.
@@ -89,10 +93,13 @@ class SpanObserver:
             span.set_attribute("conservative_mode", conservative_mode)
             span.end()
 
-    def failed(self, reason: str) -> None:
+    def failed(self, reason: str, error: ErrorText | None = None) -> None:
         """See `StepObserver`."""
         span, self._span = self._span, None
         if span is not None:
+            if error is not None:
+                told = {"type": error.kind, "message": error.message, "stacktrace": error.trace}
+                span.add_event(EXCEPTION, {f"{EXCEPTION}.{key}": text for key, text in told.items()})
             span.set_status(self._error_status, reason)
             span.end()
 
@@ -123,6 +130,9 @@ class Tracing:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if error is not None:
+            # The span of a step that ended the process would never end, so never be exported.
+            self.observer.failed(str(error), ErrorText.of(error))
         self.close()
 
     def close(self) -> None:

@@ -317,7 +317,7 @@ def processes(snapshot: Snapshot, rows_max: int = PROCESS_ROWS_MAX) -> Table:
         table.add_row(
             f"{process.role}-{process.index}",
             str(process.pid or "-"),
-            process.state,
+            f"{process.state}, {process.phase}" if process.phase else process.state,
             _mib([process]) if process.memory_bytes else "-",
             str(process.restarts),
             process.waiting_for,

@@ -17,7 +17,7 @@ import msgspec
 from esper_simic.config import SupervisorConfig
 from esper_simic.telemetry import HistogramCounts, Totals
 from supervisor.events import ChildId, Role
-from supervisor.protocol import BREAKER, COMPILING, Progress
+from supervisor.protocol import BREAKER, COMPILING, CONSOLIDATING, Progress
 from supervisor.state import RunState
 
 SCHEMA: Final = 1
@@ -37,6 +37,8 @@ class ProcessView(msgspec.Struct, frozen=True, kw_only=True):
     waiting_for: str = ""
     environment_steps: int = 0
     detail: str = ""
+    phase: str = ""
+    """What it is at that is not its usual work, as it says itself; empty when it is gone."""
 
 
 class LearnerView(msgspec.Struct, frozen=True, kw_only=True):
@@ -143,6 +145,8 @@ class Vitals:
         self._totals = self._totals.followed(report.incarnation, report.metrics, report.histograms)
         before = self._learner or LearnerView()
         metrics = _without_recovery(before.metrics) | report.metrics
+        if report.phase == CONSOLIDATING:
+            return  # it tells nothing else, whether it recovers meanwhile or is at work
         if report.phase in (RECOVERING, COMPILING):
             self._learner = LearnerView(step=before.step, metrics=metrics)
             return
@@ -276,6 +280,7 @@ class Vitals:
                     waiting_for=report.waiting_for if report else "",
                     environment_steps=report.environment_steps if report else 0,
                     detail=child.detail or child.reason,
+                    phase=report.phase if report else "",
                 )
             )
         return views

@@ -17,6 +17,7 @@ from esper_simic.errors import ContractError
 from esper_simic.telemetry import (
     CATALOGUE,
     PROTOTYPE_NAMES,
+    ErrorText,
     HistogramCounts,
     Kind,
     NullObserver,
@@ -370,15 +371,16 @@ class Telling:
     def done(self, *, loss: float, grad_norm: float, conservative_mode: bool) -> None:
         self.told.append(("done", loss, grad_norm, conservative_mode))
 
-    def failed(self, reason: str) -> None:
-        self.told.append(("failed", reason))
+    def failed(self, reason: str, error: ErrorText | None = None) -> None:
+        self.told.append(("failed", reason, error))
 
 
 def test_several_observers_are_told_the_same() -> None:
     first, second = Telling(), Telling()
     both = Observers(first, NullObserver(), second)
     step(both, Phase.FORWARD)
-    both.failed("why")
+    error = ErrorText("Kind", "message", "trace")
+    both.failed("why", error)
     assert (
         first.told
         == second.told
@@ -386,6 +388,6 @@ def test_several_observers_are_told_the_same() -> None:
             ("begun", 7, 32),
             ("passed", Phase.FORWARD),
             ("done", 1.5, 0.5, False),
-            ("failed", "why"),
+            ("failed", "why", error),
         ]
     )

@@ -15,6 +15,7 @@ from esper_simic.telemetry.catalogue import (
 from esper_simic.telemetry.counts import HistogramCounts, StepHistograms, Totals
 from esper_simic.telemetry.metric import Kind, Metric
 from esper_simic.telemetry.observers import (
+    ErrorText,
     NullObserver,
     Observers,
     Phase,
@@ -25,6 +26,7 @@ from esper_simic.telemetry.observers import (
 __all__ = [
     "CATALOGUE",
     "PROTOTYPE_NAMES",
+    "ErrorText",
     "HistogramCounts",
     "Kind",
     "Metric",

@@ -13,9 +13,10 @@ device first; that costs speed, so it is not the default.
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable
 from enum import StrEnum
-from typing import Protocol
+from typing import NamedTuple, Protocol, Self
 
 
 class Phase(StrEnum):
@@ -26,6 +27,27 @@ class Phase(StrEnum):
     VTRACE = "vtrace"
     BACKWARD = "backward_pass"
     OPTIMIZER = "optimizer_step"
+
+
+class ErrorText(NamedTuple):
+    """An error and the way that it came, as text.
+
+    The error itself is not kept: it holds on to every frame that it went through, and these to their tensors, which is
+    the worst thing to do after one for want of memory.
+    """
+
+    kind: str
+    """Its class, with the module where that is no built-in one."""
+    message: str
+    trace: str
+    """As an interpreter prints it, with what it came of; the last line is the error."""
+
+    @classmethod
+    def of(cls, error: BaseException) -> Self:
+        """The text of an error, with the traceback that it has by now."""
+        module, name = type(error).__module__, type(error).__qualname__
+        kind = name if module == "builtins" else f"{module}.{name}"
+        return cls(kind, str(error), "".join(traceback.format_exception(error)))
 
 
 class StepObserver(Protocol):
@@ -43,8 +65,8 @@ class StepObserver(Protocol):
         """The step has changed the weights."""
         ...
 
-    def failed(self, reason: str) -> None:
-        """The step was given up."""
+    def failed(self, reason: str, error: ErrorText | None = None) -> None:
+        """The step was given up; of which error, where it was one."""
         ...
 
 
@@ -60,7 +82,7 @@ class NullObserver:
     def done(self, *, loss: float, grad_norm: float, conservative_mode: bool) -> None:
         """See `StepObserver`."""
 
-    def failed(self, reason: str) -> None:
+    def failed(self, reason: str, error: ErrorText | None = None) -> None:
         """See `StepObserver`."""
 
 
@@ -85,10 +107,10 @@ class Observers:
         for observer in self._observers:
             observer.done(loss=loss, grad_norm=grad_norm, conservative_mode=conservative_mode)
 
-    def failed(self, reason: str) -> None:
+    def failed(self, reason: str, error: ErrorText | None = None) -> None:
         """See `StepObserver`."""
         for observer in self._observers:
-            observer.failed(reason)
+            observer.failed(reason, error)
 
 
 _KEYS = {
@@ -134,7 +156,7 @@ class TimingObserver:
         """See `StepObserver`."""
         self._end()
 
-    def failed(self, reason: str) -> None:
+    def failed(self, reason: str, error: ErrorText | None = None) -> None:
         """See `StepObserver`; the time was spent all the same."""
         self._end()
 

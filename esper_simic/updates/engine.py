@@ -7,7 +7,7 @@ The engine makes updates and knows nothing of journals, buffers or time. All of 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Final
 
 import numpy as np
@@ -19,7 +19,7 @@ from esper_simic.algorithms.ewc import Consolidation, choose_parameters, consoli
 from esper_simic.config import TrainerConfig
 from esper_simic.errors import ConfigError, ContractError
 from esper_simic.events import AdaptersBegun
-from esper_simic.execution import CPU, Execution
+from esper_simic.execution import CPU, Execution, unheard
 from esper_simic.learning_rates import GroupConfig, LRPolicy
 from esper_simic.loss_scale import LossScale
 from esper_simic.policies.adapter_state import AdapterState
@@ -79,6 +79,8 @@ class Engine:
         self._update = self._algorithm()
         self.optimisers = self._optimisers(execution.loss_scale())
         self.consolidation: Consolidation | None = None
+        self.consolidating: Callable[[], None] = unheard
+        """Told when the estimate of what an old task needs begins and after each batch of it, for whoever waits."""
         self._acting_normaliser = self._normaliser_now()
         self._good: dict[str, Tensor] | None = None
         self.adapters: Adapters | None = None
@@ -249,7 +251,10 @@ class Engine:
         learning = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
         names = None if trainer.ewc_fraction == 1 else choose_parameters(learning, trainer.ewc_fraction, rng)
         estimate = estimate_fisher(
-            lambda batch: sampled_log_probs(self.policy, batch, rng), batches, learning, names=names
+            lambda batch: sampled_log_probs(self.policy, batch, rng),
+            self._told(batches),
+            learning,
+            names=names,
         )
         self.consolidation = consolidate(
             self.consolidation, estimate.diagonal, parameters, decay=trainer.ewc_decay
@@ -259,6 +264,13 @@ class Engine:
             mean = sum(float(fisher.sum()) for fisher in held) / sum(fisher.numel() for fisher in held)
             self.optimisers.rates.set_policy("policy", LRPolicy.EWC_ADJUSTED)
             self.optimisers.rates.set_strength("policy", trainer.ewc_lambda * mean)
+
+    def _told(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """The same batches; whoever listens hears of the beginning, and of each one that is done with."""
+        self.consolidating()
+        for batch in batches:
+            yield batch
+            self.consolidating()
 
     def _penalty(self) -> Callable[[], Tensor] | None:
         consolidation = self.consolidation

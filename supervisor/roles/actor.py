@@ -8,6 +8,7 @@ affair of its source (`sources`): the policy plays, a script does, or somebody's
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -34,6 +35,9 @@ from supervisor.roles.sources import Source, records_of, source_of
 WAIT_MS: Final = 200.0
 """Longest wait for the learner before the control line is looked at again."""
 
+SURVEYING: Final = "surveying"
+"""Phase of an actor that looks through other runs' records, before it is READY: an archive may take minutes."""
+
 
 def main(spec: ChildSpec) -> None:
     """Be actor `spec.who.index` until told to stop.
@@ -49,10 +53,10 @@ def main(spec: ChildSpec) -> None:
     world = world_of(config.environment, trainer.gamma)
     # Still without weights; they come with the first turn.
     policy = build_policy(world.spec, trainer, seeding.generator(trainer.seed, "policy"))
-    records = records_of(config, policy, run_dir)
-    line = LearnerLine(spec, config, SystemClock(), hardware_here(torch.get_num_threads()))
-    try:
-        with ControlChannel(spec, config.supervisor.frame_bytes_max) as control:
+    with ControlChannel(spec, config.supervisor.frame_bytes_max) as control:
+        records = records_of(config, policy, run_dir, partial(_report_survey, control))
+        line = LearnerLine(spec, config, SystemClock(), hardware_here(torch.get_num_threads()))
+        try:
             control.ready(data_digest=data_digest)
             welcome = _await_welcome(control, line)
             if welcome is not None:
@@ -60,8 +64,13 @@ def main(spec: ChildSpec) -> None:
                 source = source_of(config, policy, spec.who.index, journal, welcome, records)
                 _Acting(spec, config, control, line, welcome, policy, source).run()
             control.tell(Stopped(role=spec.who.role, index=spec.who.index, incarnation=spec.who.incarnation))
-    finally:
-        line.close()
+        finally:
+            line.close()
+
+
+def _report_survey(control: ControlChannel) -> None:
+    control.worked()
+    control.report(phase=SURVEYING)
 
 
 def _await_welcome(control: ControlChannel, line: LearnerLine) -> Welcome | None:

@@ -47,6 +47,7 @@ class ControlChannel:
         )
         self._work = 0
         self._next_report_s = 0.0
+        self._phase = ""
         self._stop: Stop | None = None
         self._tasks: list[Evaluate] = []
         self._requests: list[CurriculumRequest] = []
@@ -127,10 +128,14 @@ class ControlChannel:
         notes: Sequence[str] = (),
         now: bool = False,
     ) -> None:
-        """Report progress, at most every `PROGRESS_INTERVAL_S` unless `now`."""
+        """Report progress, at most every `PROGRESS_INTERVAL_S` unless `now` or the phase is another one.
+
+        Whoever begins something long says so before it and may have no time to say it again.
+        """
         at_s = time.monotonic()
-        if at_s < self._next_report_s and not now:
+        if at_s < self._next_report_s and not now and phase == self._phase:
             return
+        self._phase = phase
         self._next_report_s = at_s + PROGRESS_INTERVAL_S
         role, index, incarnation = self._who
         self._client.send(

@@ -79,6 +79,7 @@ class LearnerFold:
         execution: How updates are made again. Where it is not exact, what comes of one may be otherwise than it was,
             in whether it succeeds and in how much experience the next one takes, too; that ends no fold.
         compiling: Told, now and later, before an update may have to be compiled.
+        consolidating: Told, now and later, while it is estimated what an old task needs; see `Engine`.
     """
 
     def __init__(
@@ -91,8 +92,10 @@ class LearnerFold:
         quarantined: Collection[int] = (),
         execution: Execution = CPU,
         compiling: Callable[[], None] = unheard,
+        consolidating: Callable[[], None] = unheard,
     ) -> None:
-        self._config, self._rank, self._execution, self._compiling = config, rank, execution, compiling
+        self._config, self._rank, self._execution = config, rank, execution
+        self._compiling, self._consolidating = compiling, consolidating
         self._journal, self._checkpoints = journal, checkpoints_directory
         self._quarantined = frozenset(quarantined)
         self.learner = self._new_learner()
@@ -124,6 +127,7 @@ class LearnerFold:
         world = world_of(self._config.environment, self._config.simic_trainer.gamma)
         learner = Learner(self._config, world.spec, rank=self._rank, execution=self._execution)
         learner.engine.computation.compiling = self._compiling
+        learner.engine.consolidating = self._consolidating
         return learner
 
     def take(self, record: Record) -> Folded:  # noqa: PLR0911 (a table)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,18 +13,20 @@ import torch
 
 from esper_simic.config import SupervisorConfig, parse
 from esper_simic.events import AdmissionPaused, AdmissionResumed
+from esper_simic.telemetry import Observers
 from supervisor.bus import Poller, Server
 from supervisor.child import ChildSpec
 from supervisor.clock import SystemClock
 from supervisor.files import Reserve, free_bytes
 from supervisor.journal import Journal, JournalDamage
-from supervisor.protocol import ACCEPTS, COMPILING, HALTED, Stopped
+from supervisor.protocol import ACCEPTS, COMPILING, CONSOLIDATING, HALTED, Stopped
 from supervisor.roles import way
 from supervisor.roles.attempts import Attempts
 from supervisor.roles.channel import ControlChannel
 from supervisor.roles.checkpointing import Checkpointer
 from supervisor.roles.learner_loop import LearnerLoop
 from supervisor.roles.recovery import Progress, Recovery, mend
+from supervisor.roles.step_log import StepLog
 from supervisor.roles.surroundings import Surroundings
 from supervisor.tracing import tracing
 
@@ -78,6 +81,7 @@ def main(spec: ChildSpec) -> None:
             rank=spec.who.index,
             execution=execution,
             compiling=partial(control.report, phase=COMPILING, now=True),
+            consolidating=partial(_report_consolidation, control),
         )
         learner = recovery.run().learner
         checkpointer = Checkpointer(
@@ -93,9 +97,8 @@ def main(spec: ChildSpec) -> None:
             frame_bytes_max=limits.frame_bytes_max,
         ) as server:
             surroundings = Surroundings(clock, execution.memory_fraction)
-            loop = LearnerLoop(
-                spec, config, learner, journal, server, attempts, surroundings, traces.observer
-            )
+            observer = Observers(traces.observer, StepLog(sys.stderr))
+            loop = LearnerLoop(spec, config, learner, journal, server, attempts, surroundings, observer)
             loop.lift_halt(spec.lift)
             loop.begin()
             journal.sync()  # where it stands is told below
@@ -192,6 +195,11 @@ def _learn(organs: _Organs) -> None:
     loop.pay()
     # The last update is shown too, however short ago the report before it was.
     organs.report(now=True)
+
+
+def _report_consolidation(control: ControlChannel) -> None:
+    control.worked()
+    control.report(phase=CONSOLIDATING)
 
 
 def _report_recovery(control: ControlChannel, progress: Progress) -> None:

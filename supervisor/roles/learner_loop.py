@@ -89,6 +89,7 @@ class LearnerLoop:
         observer: StepObserver = UNWATCHED,
     ) -> None:
         self._surroundings = surroundings
+        surroundings.go_on_from(learner.safety.clock.reading_s, learner.curriculum.breaker.clock.reading_s)
         self._spec, self._config, self._learner = spec, config, learner
         self._journal, self._server, self._attempts = journal, server, attempts
         self._owed: deque[tuple[int, Callable[[], None]]] = deque()

@@ -6,7 +6,7 @@ asks for an earlier one begins another pass there.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -16,6 +16,7 @@ import torch
 from esper_simic.config import Config
 from esper_simic.errors import ConfigError, ContractError, UnavailableError
 from esper_simic.events import ExperienceAdmitted
+from esper_simic.execution import unheard
 from esper_simic.policies.policy import Policy
 from esper_simic.trajectory import Trajectory, decode, frame_layout
 from esper_simic.worlds.world import world_of
@@ -55,14 +56,22 @@ class Records:
         config: Of the run that learns from them.
         policy: The one that learns.
         run_dir: The directory of the run that learns.
+        surveyed: Told of each record that was looked at to find the unrolls, all of them before this is made.
 
     Raises:
         ConfigError: There is no such run, it cannot be read, it holds no experience, or experience of another
             environment or shape; with the remedy.
     """
 
-    def __init__(self, directories: Sequence[Path], config: Config, policy: Policy, run_dir: Path) -> None:
-        self._config, self._policy = config, policy
+    def __init__(
+        self,
+        directories: Sequence[Path],
+        config: Config,
+        policy: Policy,
+        run_dir: Path,
+        surveyed: Callable[[], None] = unheard,
+    ) -> None:
+        self._config, self._policy, self._surveyed = config, policy, surveyed
         self._lanes = config.environment.environments_per_actor
         self._length = config.simic_trainer.unroll_length
         self._runs = [self._run(directory, run_dir) for directory in directories]
@@ -180,6 +189,7 @@ class Records:
     def _survey(self, journal: Path) -> _Run:
         run, newest = _Run(journal), dict[int, int]()
         for record in read(journal):
+            self._surveyed()
             if record.kind != ADMITTED:
                 continue
             actor = record.header_as(ExperienceAdmitted).actor

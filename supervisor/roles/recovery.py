@@ -88,6 +88,7 @@ class Recovery:
         rank: Which learner of the run.
         execution: How it makes updates.
         compiling: Told, now and later, before an update may have to be compiled.
+        consolidating: Told, now and later, while it is estimated what an old task needs; see `Engine`.
     """
 
     def __init__(
@@ -104,8 +105,9 @@ class Recovery:
         rank: int = 0,
         execution: Execution = CPU,
         compiling: Callable[[], None] = unheard,
+        consolidating: Callable[[], None] = unheard,
     ) -> None:
-        self._execution, self._compiling = execution, compiling
+        self._execution, self._compiling, self._consolidating = execution, compiling, consolidating
         self._checkpoints = run_dir / "checkpoints"
         self._run_id, self._incarnation, self._config = run_id, incarnation, config
         self._journal, self._attempts = journal, attempts
@@ -252,6 +254,7 @@ class Recovery:
             quarantined=tail.quarantined,
             execution=self._execution,
             compiling=self._compiling,
+            consolidating=self._consolidating,
         )
 
     def _candidates(self) -> list[tuple[Path, int]]:

@@ -32,6 +32,7 @@ from esper_simic.config import Config
 from esper_simic.config_behaviour import RECORDED
 from esper_simic.errors import InvariantViolation
 from esper_simic.events import EpisodeFinished, ExperienceAdmitted
+from esper_simic.execution import unheard
 from esper_simic.policies.policy import Policy
 from esper_simic.trajectory import Trajectory, decode
 from esper_simic.unroll import UnrollCarry, begin, resimulate, unroll
@@ -87,15 +88,18 @@ def source_of(
     return Playing(config, policy, actor, journal, welcome)
 
 
-def records_of(config: Config, policy: Policy, run_dir: Path) -> Records | None:
-    """The records that a configuration names, if it does.
+def records_of(
+    config: Config, policy: Policy, run_dir: Path, surveyed: Callable[[], None] = unheard
+) -> Records | None:
+    """The records that a configuration names, if it does; `surveyed` is told of each record on the way.
 
     Raises:
         ConfigError: They cannot be learned from; see `Records`.
     """
     if config.environment.behaviour != RECORDED:
         return None
-    return Records([Path(directory) for directory in config.environment.records], config, policy, run_dir)
+    directories = [Path(directory) for directory in config.environment.records]
+    return Records(directories, config, policy, run_dir, surveyed)
 
 
 class _Play(NamedTuple):

@@ -11,7 +11,7 @@ from typing import Final
 from esper_simic.safety import StepInputs
 from supervisor import memory
 from supervisor.bus import Poller
-from supervisor.clock import Clock
+from supervisor.clock import Clock, SteadyTime
 
 MEMORY_INTERVAL_S: Final = 1.0
 """How often the machine's memory is looked at."""
@@ -27,6 +27,7 @@ class Surroundings:
 
     def __init__(self, clock: Clock, device_memory: Callable[[], float | None] = lambda: None) -> None:
         self._clock, self._device_memory = clock, device_memory
+        self._time = SteadyTime(clock)
         self._operations = self._errors = self._experiences = 0
         self._step_ms: float | None = None
         self._boundary_ms: float | None = None
@@ -35,9 +36,19 @@ class Surroundings:
         self._memory: tuple[float, float] | None = None
         self._began_s = clock.monotonic_s()
 
+    def go_on_from(self, *instants_s: float | None) -> None:
+        """Let no time be before these: the newest that the learner's state knows of, None for none."""
+        for instant_s in instants_s:
+            if instant_s is not None:
+                self._time.go_on_from(instant_s)
+
     def now_s(self) -> float:
-        """The time by which the safety of the training is measured: a wall clock, so that it goes on over a restart."""
-        return self._clock.now_s()
+        """The time by which the safety of the training is measured: a wall clock, so that it goes on over a restart.
+
+        It never falls, whatever becomes of the wall clock: what may be done at one reading is done at a later one, and
+        in between the answer must not become no.
+        """
+        return self._time.now_s()
 
     def monotonic_s(self) -> float:
         """A clock for durations."""
@@ -61,7 +72,7 @@ class Surroundings:
         if self._ended_s is not None:
             self._boundary_ms = max(0.0, 1000 * (began_s - self._ended_s - self._idle_s))
         inputs = StepInputs(
-            at_s=self._clock.now_s(),
+            at_s=self.now_s(),
             previous_step_ms=self._step_ms,
             previous_boundary_ms=self._boundary_ms,
             memory_fraction=self._memory_fraction(began_s),

@@ -105,6 +105,22 @@ def test_reports_are_rare_unless_they_must_be_now(line: Line, monkeypatch: pytes
     assert line.server.receive() is None
 
 
+def test_another_phase_is_told_at_once_in_both_directions(
+    line: Line, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who begins something long may have no time to say so again."""
+    monkeypatch.setattr(channel, "PROGRESS_INTERVAL_S", 3600.0)
+    for phase in ("", "", "long", "long", "", ""):
+        line.child.worked()
+        line.child.report(phase=phase)
+    assert [line.heard() for _ in range(3)] == [
+        Progress(role="actor", index=1, incarnation=3, work=1),
+        Progress(role="actor", index=1, incarnation=3, work=3, phase="long"),
+        Progress(role="actor", index=1, incarnation=3, work=5),
+    ]
+    assert line.server.receive() is None
+
+
 def test_telling_waits_until_it_is_noted_and_hears_the_rest_meanwhile(line: Line) -> None:
     done = threading.Event()
 

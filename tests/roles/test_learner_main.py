@@ -19,16 +19,19 @@ from esper_simic.events import (
     AdmissionPaused,
     AdmissionResumed,
     CheckpointSaved,
+    CurriculumJudged,
     LearnerRecovered,
     LearnerStepped,
     RunStarted,
 )
+from esper_simic.learner import FISHER_LANES
 from supervisor import checkpoints, files
 from supervisor.bus import Received, Server, ipc_endpoint, runtime_directory
 from supervisor.files import Reserve
 from supervisor.journal import Journal, Record, read
 from supervisor.protocol import (
     ACCEPTS,
+    CONSOLIDATING,
     Acknowledged,
     Credit,
     Message,
@@ -39,11 +42,14 @@ from supervisor.protocol import (
     Stopped,
     Welcome,
 )
+from supervisor.roles import channel
 from supervisor.roles import learner as role
 from supervisor.roles.attempts import Attempts, Work
 from supervisor.roles.learner import Admission
-from tests.roles.bench import LANES, RUN_ID, Actor, T, make_config, spec_of
+from tests.roles.bench import LANES, RUN_ID, Actor, T, episode, make_config, spec_of
+from tests.roles.pair import SMALL
 from tests.roles.scribe import Scribe, unroll_frames
+from tests.roles.test_curriculum_roles import STAGES
 
 DEADLINE_S = 60.0
 
@@ -195,6 +201,34 @@ def test_a_journal_that_somebody_writes_is_not_written_by_two(life: Life) -> Non
         life.until_over()
     assert isinstance(life.error, UnavailableError)
     assert life.said(Ready) == []
+
+
+def test_what_it_estimates_at_a_passed_stage_is_work_that_its_supervisor_sees(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the life that passes it, and in one that folds the record of that."""
+    monkeypatch.setattr(channel, "PROGRESS_INTERVAL_S", 0.0)
+    with living(tmp_path / "run", *SMALL, *STAGES) as life:
+        life.begin()
+        life.until_ready()
+        life.actor.hello()
+        life.teach(3)
+        episodes = [episode(lane, success=True, cut=False) for lane in range(LANES)]
+        life.actor.sequence += 1
+        life.actor.client.send(life.actor.message(episodes=episodes), list(unroll_frames(4)))
+        life.until(lambda: life.records(CurriculumJudged))
+        life.until(lambda: life.said(Progress)[-1].learner_step)
+        assert life.records(CurriculumJudged)[0].header["consolidated"] > FISHER_LANES
+        works = [said.work for said in life.said(Progress) if said.phase == CONSOLIDATING]
+        assert len(works) == 3, "its beginning, and two batches"
+        assert works == [*range(works[0], works[0] + 3)]
+        life.stop()
+        shutil.rmtree(tmp_path / "run" / "checkpoints")
+        life.begin()
+        life.until_ready()
+        phases = [said.phase for said in life.said(Progress) if not said.waiting_for]
+        assert phases.count(CONSOLIDATING) == 3
+        assert phases.index("recovering") < phases.index(CONSOLIDATING)
 
 
 # -- a later life ------------------------------------------------------------------------------------------------------

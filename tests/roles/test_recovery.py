@@ -186,10 +186,10 @@ def test_it_goes_on_from_the_newest_checkpoint(scribe: Scribe, run_dir: Path) ->
 
 
 @pytest.mark.parametrize("origin", ["checkpoint", "start"])
-def test_whoever_waits_is_told_before_anything_is_compiled_wherever_it_went_on_from(
+def test_whoever_waits_is_told_of_what_takes_long_wherever_it_went_on_from(
     scribe: Scribe, run_dir: Path, origin: str
 ) -> None:
-    """Otherwise a learner that compiles for minutes after its recovery would be taken for one that hangs."""
+    """Otherwise a learner that compiles, or estimates, for minutes would be taken for one that hangs."""
     if origin == "start":
         shutil.rmtree(run_dir / "checkpoints")
     told: list[str] = []
@@ -204,11 +204,13 @@ def test_whoever_waits_is_told_before_anything_is_compiled_wherever_it_went_on_f
             TickingClock(),
             lambda _: None,
             compiling=lambda: told.append("compiling"),
+            consolidating=lambda: told.append("consolidating"),
         )
         learner = recovery.run().learner
     assert (recovery.checkpoint_step > 0) == (origin == "checkpoint")
     learner.engine.computation.compiling()
-    assert told == ["compiling"]
+    learner.engine.consolidating()
+    assert told == ["compiling", "consolidating"]
 
 
 def test_a_second_life_goes_on_from_what_the_first_one_left(scribe: Scribe, run_dir: Path) -> None:

@@ -20,8 +20,10 @@ from esper_simic.trajectory import Trajectory, encode
 from esper_simic.worlds.world import world_of
 from supervisor.journal import Record, read
 from supervisor.journal.format import segment_paths
-from supervisor.protocol import Welcome
+from supervisor.protocol import Progress, Ready, Welcome
+from supervisor.roles import channel
 from supervisor.roles import records as records_module
+from supervisor.roles.actor import SURVEYING
 from supervisor.roles.records import Records
 from supervisor.roles.sources import Playing, Recorded, records_of, source_of
 from tests.roles.bench import LANES, Bench, T, bench, make_config
@@ -266,6 +268,27 @@ def test_an_unroll_that_does_not_follow_the_one_before_begins_without_memory(
     source = Recorded(records, policy, 0, 1, made=0)
     for event in events:
         assert bool(source.make(0).trajectory.initial_state.any()) == (event.sequence > 1), event
+
+
+def test_a_survey_is_work_that_is_told_before_the_actor_is_ready(
+    tmp_path: Path, cart_pole: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An archive takes longer to look through than a child may take to be ready in silence."""
+    monkeypatch.setattr(channel, "PROGRESS_INTERVAL_S", 0.0)
+    config = learning_from(cart_pole)
+    with bench(tmp_path / "second", *_assignments(config)) as held, control_line() as control:
+        pair = Pair(held, control)
+        child = pair.begin()
+        pair.wait(lambda: bool(control.said(Ready)), pair.turn)
+        pair.stop(child)
+        before = control.heard[: control.heard.index(control.said(Ready)[0])]
+    there = sum(1 for _ in read(cart_pole.directory / "journal" / "learner-0"))
+    assert there > len(cart_pole.records)
+    assert [(said.phase, said.work) for said in before if isinstance(said, Progress)] == [
+        (SURVEYING, work) for work in range(1, there + 1)
+    ]
+    assert len(before) == there
+    assert {said.phase for said in control.said(Progress)[there:]} == {""}
 
 
 # -- what does not serve -----------------------------------------------------------------------------------------------

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import zmq
+from hypothesis import given
+from hypothesis import strategies as st
 
 from esper_simic.safety import StepInputs
 from supervisor import memory
@@ -93,11 +95,53 @@ def test_waits_before_the_first_update_are_no_part_of_the_first_boundary(clock: 
 def test_the_time_of_safety_is_the_wall_clocks_and_durations_are_not(clock: ManualClock) -> None:
     surroundings = Surroundings(clock)
     update(surroundings, clock, 0.5)
-    clock.set_now(10.0)
+    clock.set_now(9000.0)
     inputs = surroundings.before_step()
-    assert (inputs.at_s, surroundings.now_s()) == (10.0, 10.0)
+    assert (inputs.at_s, surroundings.now_s()) == (9000.0, 9000.0)
     assert inputs.previous_step_ms == pytest.approx(500.0)
     assert inputs.previous_boundary_ms == 0.0
+
+
+def test_a_wall_clock_that_is_set_back_is_time_in_which_nothing_passed(clock: ManualClock) -> None:
+    surroundings = Surroundings(clock)
+    update(surroundings, clock, 0.5)
+    clock.set_now(10.0)
+    assert (surroundings.before_step().at_s, surroundings.now_s()) == (5000.0, 5000.0), (
+        "never read in between"
+    )
+    clock.advance(2.0)
+    assert (surroundings.before_step().at_s, surroundings.now_s()) == (5002.0, 5002.0)
+
+
+def test_time_goes_on_from_the_newest_instant_that_is_known(clock: ManualClock) -> None:
+    surroundings = Surroundings(clock)
+    surroundings.go_on_from(None, 7000.0, 6000.0)
+    assert surroundings.now_s() == 7000.0
+    clock.advance(1.5)
+    assert surroundings.before_step().at_s == 7001.5
+    behind = Surroundings(clock)
+    behind.go_on_from(None, 4000.0)
+    assert behind.now_s() == 5001.5, "the wall clock itself, where it is ahead"
+
+
+@given(
+    st.lists(st.floats(-1e10, 1e10) | st.floats(-1, 1), min_size=1, max_size=40),
+    st.none() | st.floats(0, 1e10),
+)
+def test_whatever_becomes_of_a_wall_clock_the_time_never_falls_and_steps_forward_count(
+    steps: list[float], known_s: float | None
+) -> None:
+    clock = ManualClock(now_s=1e9)
+    surroundings = Surroundings(clock)
+    surroundings.go_on_from(known_s)
+    before_s = surroundings.now_s()
+    assert before_s == max(1e9, known_s or 0.0)
+    for step_s in steps:
+        clock.set_now(clock.now_s() + step_s)
+        now_s = surroundings.now_s()
+        assert now_s >= before_s
+        assert now_s - before_s == pytest.approx(max(0.0, step_s), abs=1e-4)
+        before_s = now_s
 
 
 def test_operations_are_counted_from_update_to_update(clock: ManualClock) -> None:

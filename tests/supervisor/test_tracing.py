@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from esper_simic.telemetry import NullObserver, Phase
+from esper_simic.telemetry import ErrorText, NullObserver, Phase
 from supervisor import tracing as module
-from supervisor.tracing import SPAN, SpanObserver, exporter_names, tracing
+from supervisor.tracing import EXCEPTION, SPAN, SpanObserver, Tracing, exporter_names, tracing
 
 ERROR = "StatusCode.ERROR"
 
@@ -24,6 +24,7 @@ class MemorySpan:
     name: str
     attributes: dict[str, Any]
     events: list[str] = field(default_factory=list)
+    exceptions: list[dict[str, str]] = field(default_factory=list)
     status: tuple[Any, str | None] | None = None
     ends: int = 0
 
@@ -31,9 +32,11 @@ class MemorySpan:
         assert not self.ends
         self.attributes[key] = value
 
-    def add_event(self, name: str) -> None:
+    def add_event(self, name: str, attributes: Any = None) -> None:
         assert not self.ends
         self.events.append(name)
+        if name == EXCEPTION:
+            self.exceptions.append(attributes)
 
     def set_status(self, status: Any, description: str | None = None) -> None:
         assert not self.ends
@@ -82,6 +85,40 @@ def test_a_step_that_was_given_up_says_why() -> None:
     (span,) = tracer.spans
     assert (span.status, span.ends) == ((ERROR, "the loss is not finite"), 1)
     assert "loss" not in span.attributes
+
+
+BROKEN = ErrorText("torch.OutOfMemoryError", "no room", "Traceback …\ntorch.OutOfMemoryError: no room\n")
+
+
+def test_the_error_of_a_step_that_was_given_up_is_an_event_as_the_conventions_have_it() -> None:
+    tracer = MemoryTracer()
+    observer = SpanObserver(tracer, ERROR)
+    observer.begun(step=1, batch_size=8)
+    observer.passed(Phase.FORWARD)
+    observer.failed("out of memory: no room", BROKEN)
+    (span,) = tracer.spans
+    assert span.events == ["forward_pass", "exception"]
+    assert span.exceptions == [
+        {
+            "exception.type": "torch.OutOfMemoryError",
+            "exception.message": "no room",
+            "exception.stacktrace": BROKEN.trace,
+        }
+    ]
+    assert (span.status, span.ends) == ((ERROR, "out of memory: no room"), 1)
+
+
+def test_the_span_of_a_step_that_ends_the_process_is_ended_with_its_error_before_the_last_export() -> None:
+    tracer, ends = MemoryTracer(), list[int]()
+    traced = Tracing(SpanObserver(tracer, ERROR), close=lambda: ends.append(tracer.spans[0].ends))
+    with pytest.raises(ValueError, match="broken"), traced:
+        traced.observer.begun(step=1, batch_size=8)
+        raise ValueError("broken")
+    (span,) = tracer.spans
+    assert ends == [1]
+    assert span.status == (ERROR, "broken")
+    assert span.exceptions[0]["exception.type"] == "ValueError"
+    assert "raise ValueError" in span.exceptions[0]["exception.stacktrace"]
 
 
 def test_a_step_that_never_ended_ends_as_failed_when_the_next_begins() -> None:
@@ -247,7 +284,7 @@ def test_the_real_library_takes_the_spans() -> None:
         observer.passed(phase)
     observer.done(loss=1.5, grad_norm=0.25, conservative_mode=False)
     observer.begun(step=4, batch_size=32)
-    observer.failed("not finite")
+    observer.failed("not finite", BROKEN)
     done, failed = exporter.get_finished_spans()
     provider.shutdown()
     assert (done.name, dict(done.attributes)) == (
@@ -257,6 +294,9 @@ def test_the_real_library_takes_the_spans() -> None:
     assert [event.name for event in done.events] == [phase.value for phase in Phase]
     assert done.status.is_ok
     assert (failed.status.status_code, failed.status.description) == (StatusCode.ERROR, "not finite")
+    assert [(event.name, event.attributes["exception.stacktrace"]) for event in failed.events] == [
+        ("exception", BROKEN.trace)
+    ]
 
 
 @pytest.mark.skipif(

@@ -355,6 +355,20 @@ def test_the_bar_follows_what_ends_the_phase(changes: dict[str, Any], words: str
     assert words in plain(out.getvalue())
 
 
+def test_what_a_process_is_at_that_is_not_its_usual_work_is_shown() -> None:
+    shown = [
+        process("learner", phase="consolidating"),
+        process(state="started", phase="surveying"),
+        process(index=1),
+    ]
+    console, out = pipe()
+    show(console, processes(snapshot(processes=shown)))
+    for row, state in zip(
+        out.getvalue().splitlines()[1:], ("ready, consolidating", "started, surveying", "ready"), strict=True
+    ):
+        assert re.fullmatch(rf"\s+\S+\s+\d+\s+{state}\s+100\s+0\s*", row)
+
+
 def test_many_processes_are_summed_up_and_none_is_lost() -> None:
     actors = [process(index=index, restarts=index % 2) for index in range(40)]
     console, out = terminal()

@@ -18,7 +18,7 @@ from supervisor.memory import (
     proportional_bytes,
     resident_bytes,
 )
-from supervisor.protocol import COMPILING, Progress
+from supervisor.protocol import COMPILING, CONSOLIDATING, Progress
 from supervisor.vitals import COMPILING_GRACE_S, Snapshot, Vitals
 from tests.supervisor.worlds import LEARNER, World, actor, learner, pid_of
 
@@ -64,6 +64,29 @@ def test_a_learner_that_compiles_may_be_silent_for_long_and_not_for_ever() -> No
     assert vitals.progressed_at_s(1100.0, [LEARNER]) == {LEARNER: 1000.0}, (
         "then the clock runs as for everybody"
     )
+
+
+def test_a_learner_that_consolidates_works_batch_by_batch_and_no_longer_than_that() -> None:
+    vitals = Vitals()
+    vitals.heard(report(LEARNER, 4, learner_step=9, environment_steps=90, metrics={"loss": 1.0}), 10.0)
+    vitals.heard(report(LEARNER, 5, phase=CONSOLIDATING), 20.0)
+    vitals.heard(report(LEARNER, 6, phase=CONSOLIDATING), 150.0)
+    assert vitals.progressed_at_s(500.0, [LEARNER]) == {LEARNER: 150.0}, "a batch that does not end hangs"
+    world = World()
+    world.train()
+    shot = snapshot(world, vitals)
+    assert (shot.learner.step, shot.environment.steps, shot.learner.metrics) == (9, 90, {"loss": 1.0})
+    assert [process.phase for process in shot.processes if process.role == "learner"] == [CONSOLIDATING]
+    vitals.heard(report(LEARNER, 7, learner_step=10), 160.0)
+    shot = snapshot(world, vitals)
+    assert (shot.learner.step, {process.phase for process in shot.processes}) == (10, {""})
+
+
+def test_what_is_consolidated_on_the_way_back_hides_no_recovery() -> None:
+    vitals = Vitals()
+    vitals.heard(report(LEARNER, 1, phase="recovering", metrics=RECOVERY), 2.0)
+    vitals.heard(report(LEARNER, 2, phase=CONSOLIDATING), 3.0)
+    assert snapshot(World(), vitals).learner.metrics == RECOVERY
 
 
 def test_who_says_nothing_any_more_is_late_and_those_who_wait_for_him_are_not() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -253,6 +254,20 @@ def test_what_is_held_is_where_the_weights_are_and_what_was_estimated() -> None:
     assert all(torch.equal(anchor, copies[name]) for name, anchor in held.anchors.items()), (
         "copies, not views"
     )
+
+
+def test_whoever_waits_hears_of_the_beginning_and_of_each_batch_that_is_done_with() -> None:
+    """Before the first one is asked for, and in between: an estimate from many samples takes minutes."""
+    engine, heard = engine_of("IMPALA"), list[str]()
+    engine.consolidating = lambda: heard.append("told")
+
+    def batches() -> Iterator[Batch]:
+        for seed in (1, 2, 3):
+            heard.append("asked")
+            yield batch_of(engine.policy, played(engine.policy, seed))
+
+    engine.consolidate(batches(), np.random.default_rng(5))
+    assert heard == ["told", *["asked", "told"] * 3]
 
 
 def test_the_next_task_is_added_and_the_one_before_fades() -> None:
