@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Final, get_args
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, ValidationInfo, model_validator
 
 from esper_simic.actions import HEADS
 from esper_simic.config_behaviour import POLICY
@@ -29,7 +29,7 @@ from esper_simic.config_environment import (
 )
 from esper_simic.config_gym import BLUEPRINT_CHOICE, GROWING_HOST
 from esper_simic.config_rewards import RewardConfig
-from esper_simic.config_section import Section, did_you_mean
+from esper_simic.config_section import RECORDED, Section, did_you_mean, was_recorded
 from esper_simic.config_trainer import IMITATING, ON_POLICY, TrainerConfig
 from esper_simic.errors import ConfigError
 
@@ -158,7 +158,7 @@ class Config(Section):
     environment: EnvironmentConfig = Field(default_factory=EnvironmentConfig)
 
     @model_validator(mode="after")
-    def _sections_agree(self) -> Config:
+    def _sections_agree(self, info: ValidationInfo) -> Config:
         buffer, batch = self.experience_buffer, self.simic_trainer.batch_size
         if batch == round(batch * buffer.replay_ratio):
             raise ValueError(
@@ -185,8 +185,8 @@ class Config(Section):
             raise ValueError(
                 f"simic_trainer.controller {self.controller!r} does not act in {self.environment.id}; that is {own!r}"
             )
-        if self.environment.id == GROWING_HOST:  # of other worlds it is known once they are made
-            self.simic_trainer.check_heads(HEADS)
+        if not was_recorded(info):
+            self._can_be_meant()
         self._network_can_read()
         self._successes_can_be()
         self._behaviour_can_be_learned_from()
@@ -236,6 +236,18 @@ class Config(Section):
                 f"mlp or lstm"
             )
 
+    def _can_be_meant(self) -> None:
+        """What could be done, and would do nothing."""
+        if self.environment.id == GROWING_HOST:  # of other worlds it is known once they are made
+            self.simic_trainer.check_heads(HEADS)
+        behaviour, algorithm = self.environment.behaviour, self.simic_trainer.algorithm
+        if behaviour == POLICY and algorithm in IMITATING:
+            raise ValueError(
+                f"simic_trainer.algorithm {algorithm} imitates who acts, and environment.behaviour is {behaviour!r}: "
+                f"it would imitate itself and learn nothing; take behaviour recorded with records, or a scripted "
+                f"policy: {', '.join(self.environment.scripts)}"
+            )
+
     def _successes_can_be(self) -> None:
         """A success by accuracy is never one in a world whose episodes have none."""
         trainer = self.simic_trainer
@@ -256,12 +268,6 @@ class Config(Section):
             raise ValueError(
                 f"simic_trainer.algorithm {algorithm} learns from what its own policy just did, and "
                 f"environment.behaviour is {behaviour!r}; take BC or IQL, or IMPALA or APPO, which correct for it"
-            )
-        if behaviour == POLICY and algorithm in IMITATING:
-            raise ValueError(
-                f"simic_trainer.algorithm {algorithm} imitates who acts, and environment.behaviour is {behaviour!r}: "
-                f"it would imitate itself and learn nothing; take behaviour recorded with records, or a scripted "
-                f"policy: {', '.join(self.environment.scripts)}"
             )
         acting = {stage.behaviour for stage in self.stage_environments()} | {behaviour}
         if self.simic_trainer.follows_curriculum and acting != {POLICY}:
@@ -291,13 +297,20 @@ def fresh_per_batch(config: Config, batch_size: int | None = None) -> int:
     return max(1, batch - round(batch * config.experience_buffer.replay_ratio))
 
 
-def parse(text: str, *, base: Mapping[str, Any] | None = None, assignments: Iterable[str] = ()) -> Config:
+def parse(
+    text: str,
+    *,
+    base: Mapping[str, Any] | None = None,
+    assignments: Iterable[str] = (),
+    is_recorded: bool = False,
+) -> Config:
     """Parse YAML text into a configuration.
 
     Args:
         text: YAML with the sections above; empty text means all defaults.
         base: Nested values that the text overlays, such as a preset's.
         assignments: `a.b=c` overrides, applied last, in order; the right side is YAML.
+        is_recorded: It is what a run wrote down when it was begun: what only does nothing is let pass then.
 
     Returns:
         The frozen configuration.
@@ -309,7 +322,7 @@ def parse(text: str, *, base: Mapping[str, Any] | None = None, assignments: Iter
     for assignment in assignments:
         _assign(values, assignment)
     try:
-        return Config.model_validate(values)
+        return Config.model_validate(values, context={RECORDED: is_recorded})
     except ValidationError as error:
         raise explained(error) from None
 

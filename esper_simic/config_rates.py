@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, model_validator
 
-from esper_simic.config_section import Section
+from esper_simic.config_section import Section, was_recorded
 
 
 class RateKeys(Section):
@@ -52,7 +52,9 @@ class RateKeys(Section):
         return self
 
     @model_validator(mode="after")
-    def _least_rate_is_least(self) -> RateKeys:
+    def _least_rate_is_least(self, info: ValidationInfo) -> RateKeys:
+        if was_recorded(info):
+            return self
         rates = {
             "learning_rate" if self.policy_lr is None else "policy_lr": self.effective_policy_lr,
             "learning_rate" if self.value_lr is None else "value_lr": self.effective_value_lr,

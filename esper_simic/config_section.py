@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Final
 
 from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 
@@ -20,6 +21,18 @@ class Section(BaseModel):
         if isinstance(value, bool) and cls.model_fields[info.field_name or ""].annotation is not bool:
             raise ValueError("a truth value (YAML reads yes, no, on, off as such) cannot stand here")
         return value
+
+
+RECORDED: Final = "recorded"
+"""In the context of a validation: the configuration is read back from where a run wrote it down."""
+
+
+def was_recorded(info: ValidationInfo) -> bool:
+    """Whether this was taken once, by an earlier version perhaps: what has come to be refused since must not end a run.
+
+    Only of refusals that came later, and of what can be done all the same.
+    """
+    return bool((info.context or {}).get(RECORDED))
 
 
 def distinct_known(value: tuple[str, ...], known: Iterable[str], noun: str) -> tuple[str, ...]:

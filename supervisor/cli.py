@@ -221,7 +221,7 @@ def _own_configuration(directory: Path, given: list[str]) -> tuple[str, Config]:
     started = past_of(directory).started if directory.is_dir() else None
     if started is None:
         fail(f"{directory} holds no run to resume", UNKNOWN)
-    config = parse(started.config_text, assignments=given)
+    config = parse(started.config_text, assignments=given, is_recorded=True)
     check_resumable(started.config, config)
     return started.preset, config
 

@@ -137,7 +137,7 @@ def _stages(directory: Path) -> tuple[CurriculumStage, ...]:
     except UnavailableError as error:
         fail(str(error), UNKNOWN)
     text = "" if started is None else started.config_text
-    return parse(text).simic_trainer.curriculum_stages
+    return parse(text, is_recorded=True).simic_trainer.curriculum_stages
 
 
 def _next(stages: tuple[CurriculumStage, ...], present: int, *, is_first: bool) -> CurriculumStage:

@@ -70,7 +70,7 @@ def config_of(recorded: dict[str, Any]) -> Config:
     Raises:
         ConfigError: It was written by a version with other keys.
     """
-    return parse(yaml.safe_dump(recorded))
+    return parse(yaml.safe_dump(recorded), is_recorded=True)
 
 
 class Explained(NamedTuple):

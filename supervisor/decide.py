@@ -19,6 +19,7 @@ from esper_simic.config import SupervisorConfig
 from esper_simic.errors import InvariantViolation
 from supervisor import coordination
 from supervisor.events import (
+    RELENTED,
     AnyEffect,
     AnyEvent,
     AnyInput,
@@ -237,7 +238,7 @@ def is_done(state: RunState, config: SupervisorConfig, *, is_extended: bool, tra
 
 def _is_relented(state: RunState) -> bool:
     """Whether the training came to an end that an operator can lift."""
-    return state.training_ended is not None and state.training_ended.reason in ("halted", "training_timeout")
+    return state.training_ended is not None and state.training_ended.reason in RELENTED
 
 
 def _are_limits_others(state: RunState, config: SupervisorConfig) -> bool:

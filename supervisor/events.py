@@ -25,6 +25,8 @@ from esper_simic.errors import ContractError
 Role = Literal["learner", "actor", "evaluate"]
 
 EndOfTraining = Literal["max_seconds", "max_steps", "max_updates", "training_timeout", "halted", "requested"]
+RELENTED: Final[frozenset[EndOfTraining]] = frozenset({"halted", "training_timeout"})
+"""Ends that an operator can lift: `run --resume RUN --train-on`."""
 
 Outcome = Literal["finished", "stopped", "failed"]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 
 from esper_simic.errors import ConfigError, ContractError, UnavailableError
-from supervisor.events import CheckpointReported, Outcome, PolicyEvaluated, from_journal
+from supervisor.events import RELENTED, CheckpointReported, Outcome, PolicyEvaluated, from_journal
 from supervisor.journal import JournalDamage, read
 from supervisor.journal.format import SegmentCursor, segment_paths
 from supervisor.state import Phase, RunState, apply
@@ -101,4 +101,4 @@ def needs_order(state: RunState) -> bool:
     measured to its end goes on with that.
     """
     ended = state.training_ended.reason if state.training_ended is not None else None
-    return ended == "halted" or (ended == "training_timeout" and state.phase is Phase.FINISHED)
+    return ended in RELENTED and (ended == "halted" or state.phase is Phase.FINISHED)

@@ -13,6 +13,7 @@ from esper_simic import config as configuration
 from esper_simic.actions import HEADS
 from esper_simic.config import Config, fresh_per_batch, parse, to_yaml
 from esper_simic.errors import ConfigError
+from supervisor.config_file import config_of
 
 PRESETS = Path(configuration.__file__).parent.parent / "supervisor" / "presets"
 
@@ -130,6 +131,23 @@ def test_a_head_that_growing_hosts_lack_is_refused_with_those_they_have(key: str
 def test_numbers_of_some_heads_may_be_given_and_none_at_all() -> None:
     trainer = parse("simic_trainer: {entropy_floors: {op: 0.5}, entropy_multipliers: {}}").simic_trainer
     assert (trainer.entropy_floors, trainer.entropy_multipliers) == ({"op": 0.5}, {})
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["simic_trainer.min_lr=1e-2"],
+        ["simic_trainer.entropy_multipliers={leap: 0.5}"],
+        ["simic_trainer.algorithm=BC"],
+    ],
+)
+def test_what_only_does_nothing_ends_no_run_that_was_begun_with_it(given: list[str]) -> None:
+    with pytest.raises(ConfigError):
+        parse("", assignments=given)
+    recorded = parse("", assignments=given, is_recorded=True)
+    assert config_of(recorded.model_dump(mode="json")) == recorded
+    with pytest.raises(ConfigError, match="unknown key"):
+        parse("", assignments=[*given, "simic_trainer.leap=1"], is_recorded=True)
 
 
 @pytest.mark.parametrize("preset", sorted(PRESETS.glob("*.yaml")), ids=lambda path: path.stem)

@@ -108,6 +108,9 @@ def test_others_pass_no_curriculum() -> None:
     assert obeyed(CURRICULUM, "environment.behaviour=patient", "simic_trainer.curriculum_enabled=false")
 
 
+ADAPTED = ("simic_trainer.initial_adapters=d", "simic_trainer.lora_start_step=0")
+
+
 def test_paths_of_a_run_hold_wherever_it_is_gone_on_with(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -115,8 +118,14 @@ def test_paths_of_a_run_hold_wherever_it_is_gone_on_with(
     config = config_file.load(
         "gym",
         None,
-        ["environment.behaviour=recorded", "environment.records=[a, /b]", "simic_trainer.initial_policy=c"],
+        [
+            "environment.behaviour=recorded",
+            "environment.records=[a, /b]",
+            "simic_trainer.initial_policy=c",
+            *ADAPTED,
+        ],
     )
     assert config.environment.records == (str(tmp_path / "a"), "/b")
     assert config.simic_trainer.initial_policy == str(tmp_path / "c")
+    assert config.simic_trainer.initial_adapters == str(tmp_path / "d")
     assert config_file.load("gym").simic_trainer.initial_policy is None

@@ -76,6 +76,10 @@ class AdapterState:
             rank, alpha = int(metadata.rank), float(metadata.alpha)
         except safetensors.SafetensorError as error:
             raise ContractError(f"this is no safetensors file: {error}") from error
+        except KeyError as error:
+            raise ContractError(
+                f"this file holds numbers of a type that is not known here: {error}"
+            ) from error
         except (msgspec.DecodeError, ValueError) as error:
             raise ContractError(f"this safetensors file does not hold adapters: {error}") from error
         if metadata.format != FORMAT:

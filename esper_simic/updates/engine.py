@@ -57,13 +57,9 @@ class Engine:
         spec: Shapes of observations and actions.
         execution: How updates are carried out. Weights, optimisers and batches are on its device; what is given away
             (`tensors`, `acting_weights`) is not.
-
-    Raises:
-        ConfigError: The configuration does not suit these shapes.
     """
 
     def __init__(self, trainer: TrainerConfig, spec: ExperienceSpec, execution: Execution = CPU) -> None:
-        _check_heads(trainer, spec)
         self._trainer, self._execution = trainer, execution
         self.computation = Computation(execution, trainer.gradient_accumulation)
         self.policy = build_policy(spec, trainer, seeding.generator(trainer.seed, "policy")).to(
@@ -358,7 +354,12 @@ class Engine:
             self._iql.slow.load_state_dict(_under(SLOW_CRITICS, named))
 
 
-def _check_heads(trainer: TrainerConfig, spec: ExperienceSpec) -> None:
+def check_heads(trainer: TrainerConfig, spec: ExperienceSpec) -> None:
+    """Refuse numbers of heads that the actions of a world lack; for who begins a training there.
+
+    Raises:
+        ConfigError: Naming the key, the heads that are none, and those there are.
+    """
     try:
         trainer.check_heads(spec.action.heads if isinstance(spec.action, Choices) else (HEAD,))
     except ValueError as error:

@@ -47,7 +47,7 @@ def main(spec: ChildSpec) -> None:
             cannot be learned from (`Records`).
     """
     torch.set_num_threads(1)
-    config, run_dir = parse(spec.config_text), Path(spec.run_dir)
+    config, run_dir = parse(spec.config_text, is_recorded=True), Path(spec.run_dir)
     data_digest = examined_data(config)
     trainer = config.simic_trainer
     world = world_of(config.environment, trainer.gamma)

@@ -49,7 +49,7 @@ def main(spec: ChildSpec) -> None:
         ConfigError: No host of this configuration can be grown here; see `examined_data`.
     """
     torch.set_num_threads(1)
-    config = parse(spec.config_text)
+    config = parse(spec.config_text, is_recorded=True)
     role, index, incarnation = spec.who
     data_digest = examined_data(config)
     with ControlChannel(spec, config.supervisor.frame_bytes_max) as control:

@@ -20,7 +20,7 @@ import msgspec
 import safetensors.torch
 
 from esper_simic.config import Config
-from esper_simic.errors import ContractError, InvariantViolation, UnavailableError
+from esper_simic.errors import ConfigError, ContractError, InvariantViolation, UnavailableError
 from esper_simic.events import (
     LEARNER_EVENTS,
     CheckpointStaged,
@@ -47,7 +47,7 @@ from esper_simic.trajectory import Trajectory, decode
 from esper_simic.worlds.world import world_of
 from supervisor import checkpoints
 from supervisor.config_file import config_of
-from supervisor.journal import Record, read
+from supervisor.journal import JournalDamage, Record, read
 
 STATE_FILE: Final = "state.safetensors"
 NUMBERS_FILE: Final = "numbers.json"
@@ -289,6 +289,24 @@ def config_of_journal(journal: Path) -> Config:
     else:
         raise ContractError(f"{journal} does not begin with RunStarted: it is empty, no learner got so far")
     raise ContractError(f"{journal} does not begin with RunStarted: it is not a learner's journal")
+
+
+def config_of_other_run(directory: Path, key: str) -> Config:
+    """The configuration of a run that another one is to learn from.
+
+    Args:
+        directory: The run's.
+        key: Of the other one's configuration, by which this one is named.
+
+    Raises:
+        ConfigError: It is no run, or one of a version with other keys.
+    """
+    try:
+        return config_of_journal(directory / "journal" / "learner-0")
+    except (ContractError, JournalDamage, UnavailableError) as error:
+        raise ConfigError(f"{directory} is no run with a learner's journal: {error}", key) from error
+    except ConfigError as error:
+        raise ConfigError(f"{directory} is a run of another version: {error}", key) from error
 
 
 class _Numbers(msgspec.Struct, frozen=True):

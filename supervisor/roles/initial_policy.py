@@ -17,12 +17,11 @@ from torch import Tensor
 from esper_simic.config import Config, TrainerConfig
 from esper_simic.errors import ConfigError, ContractError, UnavailableError
 from esper_simic.policies.adapter_state import AdapterState
-from esper_simic.policies.lora import Adapters, base_weights, merged_weights
+from esper_simic.policies.lora import Adapters, base_weights, has_adapters, merged_weights
 from esper_simic.updates.engine import POLICY, Engine
 from supervisor import checkpoints
-from supervisor.journal import JournalDamage
 from supervisor.roles.adapters import adapters_in
-from supervisor.roles.fold import STATE_FILE, config_of_journal
+from supervisor.roles.fold import STATE_FILE, config_of_other_run
 
 KEY: Final = "simic_trainer.initial_policy"
 ADAPTERS_KEY: Final = "simic_trainer.initial_adapters"
@@ -86,7 +85,10 @@ def _base_of(
 
 
 def _weights_at(source: Path, trainer: TrainerConfig) -> tuple[Path, Weights, TrainerConfig]:
-    """Where a policy's weights are, they by their own names, and how the adapters in them, if any, were made."""
+    """Where a policy's weights are, they by their own names, and how the adapters in them, if any, were made.
+
+    A file has none: how they were made stands in the journal of their run.
+    """
     if source.is_dir():
         path, tensors, config = _of_run(source, KEY)
         made_with = config.simic_trainer
@@ -96,6 +98,15 @@ def _weights_at(source: Path, trainer: TrainerConfig) -> tuple[Path, Weights, Tr
             tensors = safetensors.torch.load(_read(source, KEY))
         except safetensors.SafetensorError as error:
             raise ConfigError(f"{source} is no safetensors file: {error}", KEY) from error
+        except KeyError as error:
+            raise ConfigError(
+                f"{source} holds numbers of a type that is not known here: {error}", KEY
+            ) from error
+        if has_adapters(tensors):
+            raise ConfigError(
+                f"{source} holds adapters, whose rank and alpha only its run knows; name that run's directory",
+                KEY,
+            )
     of_policy = {name.removeprefix(POLICY): t for name, t in tensors.items() if name.startswith(POLICY)}
     return path, of_policy or tensors, made_with
 
@@ -113,11 +124,7 @@ def _adapters_at(source: Path) -> tuple[Path, AdapterState]:
 
 def _of_run(directory: Path, key: str) -> tuple[Path, Weights, Config]:
     """The newest good checkpoint of a run: where it is, its tensors, and the run's configuration."""
-    journal = directory / "journal" / "learner-0"
-    try:
-        config = config_of_journal(journal)
-    except (ContractError, JournalDamage, UnavailableError) as error:
-        raise ConfigError(f"{directory} is no run with a learner's journal: {error}", key) from error
+    config = config_of_other_run(directory, key)
     passed_over = []
     for listed in reversed(checkpoints.list_checkpoints(directory / "checkpoints")):
         try:

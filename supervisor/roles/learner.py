@@ -54,7 +54,7 @@ class Admission:
 
 def main(spec: ChildSpec) -> None:
     """Be learner `spec.who.index` until told to stop; leave a checkpoint."""
-    config = parse(spec.config_text)
+    config = parse(spec.config_text, is_recorded=True)
     torch.set_num_threads(config.supervisor.learner_threads)
     limits = config.supervisor
     run_dir = Path(spec.run_dir)

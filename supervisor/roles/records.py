@@ -21,7 +21,7 @@ from esper_simic.policies.policy import Policy
 from esper_simic.trajectory import Trajectory, decode, frame_layout
 from esper_simic.worlds.world import world_of
 from supervisor.journal import JournalDamage, Record, read
-from supervisor.roles.fold import config_of_journal
+from supervisor.roles.fold import config_of_other_run
 
 KEY: Final = "environment.records"
 
@@ -149,8 +149,8 @@ class Records:
         if not journal.is_dir():
             what = "holds no run with a learner's journal" if directory.is_dir() else "is not there"
             raise ConfigError(f"{directory} {what} ({journal}); name directories of runs", KEY)
+        self._check(directory, config_of_other_run(directory, KEY))
         try:
-            self._check(directory, config_of_journal(journal))
             run = self._survey(journal)
         except (ContractError, JournalDamage, UnavailableError) as error:
             raise ConfigError(f"{directory} cannot be learned from: {error}", KEY) from error

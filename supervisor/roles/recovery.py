@@ -36,6 +36,7 @@ from esper_simic.events import (
 )
 from esper_simic.execution import CPU, Execution, unheard
 from esper_simic.fingerprint import fingerprint
+from esper_simic.updates.engine import check_heads
 from supervisor import checkpoints, faults
 from supervisor.clock import Clock
 from supervisor.journal import Journal, JournalDamage, read
@@ -153,6 +154,7 @@ class Recovery:
 
     def _begin(self) -> LearnerFold:
         fold = self._new_fold(_Tail(""))
+        check_heads(self._config.simic_trainer, fold.learner.policy.spec)
         initial = self._initial_policy()  # what cannot be had leaves no journal behind
         fold.fingerprint = fingerprint(self._execution)
         started = RunStarted(

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 
 from esper_simic.config import Config
 from esper_simic.errors import ConfigError, ContractError
 from esper_simic.events import PolicyImported
 from esper_simic.policies.adapter_state import AdapterState
+from esper_simic.policies.lora import merged_weights
 from supervisor import checkpoints
 from supervisor.clock import SystemClock
 from supervisor.journal import read
@@ -93,8 +96,12 @@ def test_weights_and_adapters_together_are_the_policy_that_was_trained(
 
 
 def trained_policy(run_dir: Path) -> dict[str, torch.Tensor]:
-    """What a run's newest checkpoint acts as."""
-    return policy_of(begin(run_dir.with_name(f"{run_dir.name}-read"), beginning(run_dir, None)))
+    """What a run's newest checkpoint acts as, by its own tensors."""
+    newest = checkpoints.list_checkpoints(run_dir / "checkpoints")[-1].path
+    tensors = safetensors.torch.load_file(newest / STATE_FILE)
+    prefix = "policy."
+    state = {n.removeprefix(prefix): tensor for n, tensor in tensors.items() if n.startswith(prefix)}
+    return merged_weights(state, rank=2, alpha=8.0)
 
 
 def test_later_lives_and_replays_need_neither_source(tmp_path: Path, base: Path, saved: Path) -> None:
@@ -187,6 +194,35 @@ def test_a_file_of_something_else_is_named(tmp_path: Path, base: Path, adapted: 
         tmp_path, beginning(base, path, *ADAPTED)
     )
     assert "is not there" in refusal(tmp_path, beginning(base, tmp_path / "nowhere", *ADAPTED))
+
+
+def test_a_run_without_a_checkpoint_is_named_as_the_one_of_the_adapters(tmp_path: Path, base: Path) -> None:
+    with Scribe(tmp_path / "young", make_config(*ADAPTED)) as scribe:
+        scribe.journal.sync()
+    assert "young has no good checkpoint" in refusal(tmp_path, beginning(base, tmp_path / "young", *ADAPTED))
+
+
+def test_numbers_of_an_unknown_type_are_named(tmp_path: Path, base: Path, saved: Path) -> None:
+    data = saved.read_bytes()
+    odd = tmp_path / "odd.safetensors"
+    header = int.from_bytes(data[:8], "little")
+    described = json.loads(data[8 : 8 + header])
+    described["x.a"] = {"dtype": "F4", "shape": [2], "data_offsets": [len(data) - 8 - header] * 2}
+    described["x.a"]["data_offsets"][1] += 1
+    text = json.dumps(described).encode()
+    odd.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + header :] + b"\0")
+    assert "a type that is not known here: 'F4'" in refusal(tmp_path, beginning(base, odd, *ADAPTED))
+    with pytest.raises(ConfigError, match=r"initial_policy: .* a type that is not known here: 'F4'"):
+        begin(tmp_path / "new", beginning(odd, None))
+
+
+def test_a_whole_state_with_adapters_does_not_say_how_they_were_made(tmp_path: Path, adapted: Path) -> None:
+    newest = checkpoints.list_checkpoints(adapted / "checkpoints")[-1].path
+    shutil.copy(newest / STATE_FILE, tmp_path / "state.safetensors")
+    with pytest.raises(
+        ConfigError, match=r"initial_policy: .* whose rank and alpha only its run knows; name that"
+    ):
+        begin(tmp_path / "new", beginning(tmp_path / "state.safetensors", None))
 
 
 def test_a_run_without_adapters_has_none_to_give(tmp_path: Path, base: Path) -> None:

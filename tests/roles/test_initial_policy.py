@@ -17,6 +17,7 @@ from esper_simic.errors import ConfigError
 from esper_simic.events import PolicyImported, RunStarted
 from supervisor import checkpoints
 from supervisor.clock import ManualClock, SystemClock
+from supervisor.config_file import load
 from supervisor.journal import Journal, read
 from supervisor.playback import Request, replay
 from supervisor.report.past import learner_words
@@ -280,3 +281,12 @@ def test_each_difference_is_named(
     path = tmp_path / "changed.safetensors"
     safetensors.torch.save_file(weights, path)
     assert words.format(name=name) in refusal(tmp_path, path)
+
+
+def test_numbers_of_heads_that_a_world_lacks_end_a_run_before_its_journal_is_begun(tmp_path: Path) -> None:
+    config = load("gym", None, ["simic_trainer.entropy_multipliers={leap: 0.5}"])
+    with pytest.raises(ConfigError, match="names leap, and this world's heads are action;"):
+        begin(tmp_path, config)
+    assert kinds(tmp_path) == []
+    begin(tmp_path, load("gym", None, ["simic_trainer.entropy_multipliers={action: 0.5}"]))
+    begin(tmp_path, config, life=2)  # begun once, whatever was let pass then

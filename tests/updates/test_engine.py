@@ -10,7 +10,7 @@ from esper_simic.actions import HEADS
 from esper_simic.errors import ConfigError
 from esper_simic.safety import StepMode
 from esper_simic.updates.batch import Batch
-from esper_simic.updates.engine import Engine
+from esper_simic.updates.engine import Engine, check_heads
 from esper_simic.updates.update import Terms, Updated
 from tests.updates.ground import SPECS, Ground, copied, trainer, weights
 
@@ -181,17 +181,17 @@ def test_numbers_of_heads_that_the_world_lacks_are_refused_with_those_it_has(
     spec: str, heads: tuple[str, ...]
 ) -> None:
     own = heads[0]
-    Engine(trainer("PPO", entropy_floors={own: 0.2}, entropy_floor_coefficients={own: 0.1}), SPECS[spec])
+    check_heads(trainer("PPO", entropy_floors={own: 0.2}, entropy_floor_coefficients={own: 0.1}), SPECS[spec])
     for settings in (
         {"entropy_floors": {"leap": 0.2}, "entropy_floor_coefficients": {own: 0.1, "leap": 0.1}},
         {"entropy_floors": {}, "entropy_floor_coefficients": {own: 0.1, "leap": 0.1}},
         {"entropy_multipliers": {own: 2.0, "leap": 0.1}},
     ):
         with pytest.raises(ConfigError, match=f"names leap, and this world's heads are {', '.join(heads)};"):
-            Engine(trainer("PPO", **settings), SPECS[spec])
+            check_heads(trainer("PPO", **settings), SPECS[spec])
 
 
 @pytest.mark.parametrize("spec", SPECS)
 def test_what_is_known_by_default_of_growing_hosts_harms_no_other_world(spec: str) -> None:
     for algorithm in ALGORITHMS:
-        Engine(trainer(algorithm), SPECS[spec])
+        check_heads(trainer(algorithm), SPECS[spec])
