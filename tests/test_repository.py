@@ -21,7 +21,7 @@ LOCK = (REPOSITORY / "requirements.lock").read_text()
 PYPROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
 DOCUMENTS = sorted([*REPOSITORY.glob("*.md"), *(REPOSITORY / "docs").rglob("*.md")])
 REQUIREMENTS = REPOSITORY / "docs" / "requirements.md"
-STATUSES = re.compile(r"done|planned: [A-Za-z].+|decided: .+")
+STATUSES = re.compile(r"done|planned: [A-Za-z].+|waits for a GPU: .+|decided: .+")
 
 
 def locked() -> dict[str, str]:
